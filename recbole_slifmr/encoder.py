@@ -1,7 +1,10 @@
 r"""The three encoders of SLIF-MR (arXiv 2507.09998), one per kind of graph, each free of RecBole.
 
-Every encoder owns its *initial* graph and takes the correlation graph ``S`` of a refresh with ``set_feedback``; the
-two are always blended afresh, so that errors do not pile up over the refreshes.
+Every encoder owns its *initial* graph and takes the correlation graph ``S`` of a refresh with ``set_feedback``. The two
+stay apart and are added up product by product: a refresh rebuilds nothing but ``S``, and errors cannot pile up over
+the refreshes.
+
+The encoders are linear, and what can be done ahead is done ahead: ``docs/performance.md`` says what it saves.
 """
 
 from __future__ import annotations
@@ -13,8 +16,7 @@ from torch.nn import functional as F
 from recbole_slifmr.graph import (
     Edges,
     SparseMatrix,
-    blend,
-    empty_edges,
+    inverse_sqrt,
     normalize_symmetric,
     normalized_knn,
     sample_interactions,
@@ -25,22 +27,44 @@ from recbole_slifmr.layers import light_propagation
 RELATION_WEIGHTS = ("learned", "uniform")
 
 
-class _InteractionGraph(nn.Module):
-    """The normalised user-item graph with its item-item block, and the plain interactions ``[n_users, n_items]``."""
+class InteractionGraph(nn.Module):
+    """The normalised interactions :math:`\\hat R`, ``[n_users, n_items]``.
 
-    def __init__(self, edge_index: Tensor, n_users: int, n_items: int, feedback: Edges, eta: float) -> None:
+    Args:
+        edge_index: user and item of each interaction, ``[2, E]``, unique.
+        n_users: number of users.
+        n_items: number of items.
+    """
+
+    item_scale: Tensor
+
+    def __init__(self, edge_index: Tensor, n_users: int, n_items: int) -> None:
         super().__init__()
         shape = (n_users, n_items)
         ones = torch.ones(edge_index.shape[1], device=edge_index.device)
-        weight = normalize_symmetric(edge_index, ones, shape)
-        user, item = edge_index[0], edge_index[1] + n_users
-        index, weights = [torch.stack([user, item]), torch.stack([item, user])], [weight, weight]
-        if eta:
-            index.append(feedback.edge_index + n_users)
-            weights.append(eta * feedback.edge_weight)
-        n_nodes = n_users + n_items
-        self.adjacency = SparseMatrix(Edges(torch.cat(index, dim=1), torch.cat(weights)), (n_nodes, n_nodes))
-        self.interactions = SparseMatrix(Edges(edge_index, ones), shape)
+        self.matrix = SparseMatrix(Edges(edge_index, normalize_symmetric(edge_index, ones, shape)), shape)
+        degree = torch.bincount(edge_index[1], minlength=n_items)
+        self.register_buffer("item_scale", degree.to(ones.dtype).sqrt().unsqueeze(1), persistent=False)
+
+    def user_means(self, items: Tensor, mask: Tensor) -> Tensor:
+        r"""Average the items that a user interacted with, over those that have the view; zeros for users without any.
+
+        With the item degrees d, :math:`R x = D_u^{1/2} \hat R D_i^{1/2} x`, and the users' factor cancels in the mean.
+
+        Args:
+            items: ``[n_items, d]``, zeros outside ``mask``.
+            mask: ``[n_items]`` bool.
+
+        Returns:
+            ``[n_users, d]``.
+        """
+        total = self.matrix.multiply(items * self.item_scale)
+        weight = self.matrix.multiply(mask.unsqueeze(1) * self.item_scale)
+        return total / torch.where(weight > 0, weight, 1.0)
+
+    def user_mask(self, mask: Tensor) -> Tensor:
+        """Return whether a user interacted with any item of ``mask [n_items, V]``, ``[n_users, V]`` bool."""
+        return self.matrix.multiply(mask.to(self.item_scale.dtype)) > 0
 
 
 class InteractionEncoder(nn.Module):
@@ -56,63 +80,44 @@ class InteractionEncoder(nn.Module):
     """
 
     edge_index: Tensor
-    feedback_index: Tensor
-    feedback_weight: Tensor
     kept: Tensor | None
 
     def __init__(self, edge_index: Tensor, n_users: int, n_items: int, n_layers: int) -> None:
         super().__init__()
         self.n_users, self.n_items, self.n_layers = n_users, n_items, n_layers
         self.register_buffer("edge_index", unique_edges(edge_index, n_items), persistent=False)
-        self.register_buffer("feedback_index", edge_index[:, :0], persistent=False)
-        self.register_buffer("feedback_weight", torch.zeros(0, device=edge_index.device), persistent=False)
         self.register_buffer("kept", None, persistent=False)
+        self.whole = self.pruned = InteractionGraph(self.edge_index, n_users, n_items)
+        self.feedback: SparseMatrix | None = None
         self.eta = 0.0
-        self._build()
 
-    def _build(self) -> None:
-        self.whole = self._graph(self.edge_index)
-        self.pruned = self.whole if self.kept is None else self._graph(self.edge_index[:, self.kept])
-
-    def _graph(self, edge_index: Tensor) -> _InteractionGraph:
-        feedback = Edges(self.feedback_index, self.feedback_weight)
-        return _InteractionGraph(edge_index, self.n_users, self.n_items, feedback, self.eta)
+    @property
+    def graph(self) -> InteractionGraph:
+        """The graph in use: pruned in training mode, whole in evaluation mode."""
+        return self.pruned if self.training else self.whole
 
     def set_feedback(self, feedback: Edges, eta: float) -> None:
         """Put ``eta`` times the normalised correlation graph over items into the item-item block."""
-        self.feedback_index, self.feedback_weight = feedback
-        self.eta = eta
-        self._build()
+        self.eta, self.feedback = eta, _feedback_matrix(feedback, eta, self.n_items)
 
     def prune(self, ratio: float, seed: int) -> None:
         """Leave a share of the interactions out of training propagation; see ``graph.sample_interactions``."""
         self.kept = sample_interactions(self.edge_index, self.n_users, self.n_items, ratio, seed) if ratio else None
-        self._build()
+        self.pruned = self.whole
+        if self.kept is not None:
+            self.pruned = InteractionGraph(self.edge_index[:, self.kept], self.n_users, self.n_items)
 
     def forward(self, user_embedding: Tensor, item_embedding: Tensor) -> tuple[Tensor, Tensor]:
         """Propagate ``[n_users, d]`` and ``[n_items, d]``; same shapes out."""
-        graph = self.pruned if self.training else self.whole
-        nodes = torch.cat([user_embedding, item_embedding])
-        users, items = light_propagation(graph.adjacency.multiply, nodes, self.n_layers).split(
-            [self.n_users, self.n_items]
-        )
-        return users, items
-
-    def user_means(self, item_views: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Average the items a user interacted with, view by view, over those that have the view.
-
-        Args:
-            item_views: ``[n_items, V, d]``, zeros where an item lacks the view.
-            mask: ``[n_items, V]`` bool.
-
-        Returns:
-            ``[n_users, V, d]`` and the users' own mask ``[n_users, V]``.
-        """
-        interactions = (self.pruned if self.training else self.whole).interactions
-        n_views, size = item_views.shape[1:]
-        total = interactions.multiply(item_views.flatten(1)).view(-1, n_views, size)
-        count = interactions.multiply(mask.to(item_views.dtype))
-        return total / count.clamp(min=1).unsqueeze(2), count > 0
+        matrix = self.graph.matrix
+        users, items = all_users, all_items = user_embedding, item_embedding
+        for _ in range(self.n_layers):  # the blocks apart: half the time of one square matrix
+            next_users, next_items = matrix.multiply(items), matrix.multiply_transposed(users)
+            if self.feedback is not None:
+                next_items = next_items + self.eta * self.feedback.multiply(items)
+            users, items = next_users, next_items
+            all_users, all_items = all_users + users, all_items + items
+        return all_users / (self.n_layers + 1), all_items / (self.n_layers + 1)
 
 
 class FeatureEncoder(nn.Module):
@@ -120,6 +125,9 @@ class FeatureEncoder(nn.Module):
 
     :math:`h_i = W x_i \; [\odot\, \sigma(G e_i)]`, then light propagation over
     :math:`(1 - \eta_m) A_m^{(0)} + \eta_m S`.
+
+    Without a gate :math:`P (X W) = (P X) W`: the features are propagated once per refresh, in ``set_feedback``, and
+    averaged over the items of each user once per graph, so that a batch projects only its own rows.
 
     Args:
         features: ``[n_items, d_m]``; each row is scaled to unit length.
@@ -132,8 +140,8 @@ class FeatureEncoder(nn.Module):
 
     features: Tensor
     mask: Tensor
-    initial_index: Tensor
-    initial_weight: Tensor
+    propagated: Tensor
+    user_features: Tensor | None
 
     def __init__(
         self, features: Tensor, mask: Tensor, size: int, knn_k: int, n_layers: int, gate: bool = False
@@ -143,26 +151,56 @@ class FeatureEncoder(nn.Module):
         self.register_buffer("mask", mask & (features.norm(dim=1) > 0), persistent=False)
         self.register_buffer("features", F.normalize(features, dim=1) * self.mask.unsqueeze(1), persistent=False)
         initial = normalized_knn(features, knn_k, self.mask)
-        self.register_buffer("initial_index", initial.edge_index, persistent=False)
-        self.register_buffer("initial_weight", initial.edge_weight, persistent=False)
-        self.graph = SparseMatrix(initial, (self.n_items, self.n_items))
+        self.graph = SparseMatrix(initial, (self.n_items, self.n_items), symmetric=True)
         self.projection = nn.Linear(features.shape[1], size, bias=False)
         self.gate = nn.Linear(size, size) if gate else None
+        self.set_feedback(Edges(initial.edge_index[:, :0], initial.edge_weight[:0]), 0.0)
 
     def set_feedback(self, feedback: Edges, eta: float) -> None:
         """Blend the initial graph with the correlation graph; items without the modality stay out of it."""
         row, col = feedback.edge_index
         both = self.mask[row] & self.mask[col]
         feedback = Edges(feedback.edge_index[:, both], feedback.edge_weight[both])
-        blended = blend(Edges(self.initial_index, self.initial_weight), feedback, eta, self.n_items)
-        self.graph = SparseMatrix(blended, (self.n_items, self.n_items))
+        self.eta, self.feedback = eta, _feedback_matrix(feedback, eta, self.n_items)
+        self.register_buffer("propagated", None, persistent=False)
+        self.register_buffer("user_features", None, persistent=False)
+        self._averaged_over: tuple[InteractionGraph, ...] = ()  # in a tuple: no submodule
+        if self.gate is None:
+            self.propagated = light_propagation(self._multiply, self.features, self.n_layers)
+
+    def _multiply(self, items: Tensor) -> Tensor:
+        if self.feedback is None:
+            return self.graph.multiply(items)
+        return (1 - self.eta) * self.graph.multiply(items) + self.eta * self.feedback.multiply(items)
 
     def forward(self, item_embedding: Tensor) -> Tensor:
         """Return the modality's view of every item, ``[n_items, size]``; zeros where the modality is missing."""
-        hidden = self.projection(self.features)
-        if self.gate is not None:
-            hidden = hidden * torch.sigmoid(self.gate(item_embedding))
-        return light_propagation(self.graph.multiply, hidden, self.n_layers)
+        if self.gate is None:
+            return self.projection(self.propagated)
+        hidden = self.projection(self.features) * torch.sigmoid(self.gate(item_embedding))
+        return light_propagation(self._multiply, hidden, self.n_layers)
+
+    def rows(self, graph: InteractionGraph, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the view of some users and items without computing that of all; for an encoder without gate.
+
+        Args:
+            graph: the interactions that a user's mean is over.
+            users: ``[B]``.
+            items: ``[C]``.
+
+        Returns:
+            ``[B, size]`` and ``[C, size]``.
+        """
+        if self._averaged_over != (graph,):
+            with torch.no_grad():
+                self.user_features = graph.user_means(self.propagated, self.mask)
+            self._averaged_over = (graph,)
+        return self._project(self.user_features, users), self._project(self.propagated, items)
+
+    def _project(self, table: Tensor, rows: Tensor) -> Tensor:
+        if len(rows) < len(table):
+            return self.projection(table.index_select(0, rows))
+        return self.projection(table).index_select(0, rows)
 
 
 class KnowledgeEncoder(nn.Module):
@@ -174,6 +212,10 @@ class KnowledgeEncoder(nn.Module):
 
     Without ``ego`` the layers 1 to L are averaged: an item is what the graph says of it. Its own embedding, layer 0, is
     the interaction view's already; with it the two views come out nearly the same.
+
+    Only items are asked for, so layer L - k needs the rows within k hops of an item and no others:
+    :math:`\sum_{l=1}^{L} A^l E = A_0 (E + A_1 (E + \dots A_{L-1} E))` with :math:`A_k` these rows of A. Entities more
+    than L hops away have no part in it and get no embedding.
 
     Args:
         triples: head, relation and tail, ``[T, 3]``; entity i is item i for ``i < n_items``. Duplicates count once.
@@ -190,12 +232,9 @@ class KnowledgeEncoder(nn.Module):
         ValueError: for an unknown ``relation_weight``.
     """
 
-    edge_index: Tensor
-    relation: Tensor
-    edges: Tensor
     mask: Tensor
-    base_weight: Tensor
-    edge_relation: Tensor
+    linked: Tensor
+    feedback_degree: Tensor
 
     def __init__(
         self,
@@ -215,52 +254,131 @@ class KnowledgeEncoder(nn.Module):
             )
         self.n_items, self.n_layers, self.ego = n_items, n_layers, ego or n_layers == 0
         triples = _filter_by_degree(torch.unique(triples, dim=0), n_entities, n_items, degree_range)
-        used = torch.unique(triples[:, [0, 2]])
-        others = used[used >= n_items]  # only the entities that are left get a node
-        node = torch.arange(n_entities, device=triples.device)
-        node[others] = torch.arange(len(others), device=triples.device) + n_items
-        head, relation, tail = node[triples[:, 0]], triples[:, 1], node[triples[:, 2]]
-        relation = torch.unique(relation, return_inverse=True)[1]
+        self.n_triples = len(triples)
+        relation = torch.unique(triples[:, 1], return_inverse=True)[1]
+        if relation_weight == "uniform":
+            relation = torch.zeros_like(relation)
         n_relations = int(relation.max()) + 1 if len(relation) else 0
-        self.n_nodes, self.n_triples = n_items + len(others), len(triples)
-        self.feedback_relation = 2 * n_relations
-        edge_index = torch.cat([torch.stack([head, tail]), torch.stack([tail, head])], dim=1)
-        self.register_buffer("edge_index", edge_index, persistent=False)
-        self.register_buffer("relation", torch.cat([relation, relation + n_relations]), persistent=False)
-        self.entity_embedding = nn.Embedding(len(others), size)
+        row = torch.cat([triples[:, 0], triples[:, 2]])
+        col = torch.cat([triples[:, 2], triples[:, 0]])
+        relation = torch.cat([relation, relation + n_relations])
+        node, n_within = _order_by_hops(row, col, n_entities, n_items, n_layers)
+        self.n_nodes = n_within[-1]
+        known = node[row] < self.n_nodes
+        row, col, relation = node[row[known]], node[col[known]], relation[known]
+        self.relation_counts = _relation_counts(row, relation, (self.n_nodes, 2 * n_relations))
+        self.layers = nn.ModuleList()  # from the items outwards
+        for k in range(n_layers):
+            inside = row < n_within[k]
+            shape = (n_within[k], n_within[k + 1])
+            self.layers.append(RelationalRows(row[inside], relation[inside], col[inside], shape, 2 * n_relations))
+        self.register_buffer("linked", torch.bincount(row, minlength=n_items)[:n_items] > 0, persistent=False)
+        self.entity_embedding = nn.Embedding(self.n_nodes - n_items, size)
         self.relation_log_weight = nn.Parameter(
             torch.zeros(2 * n_relations + 1), requires_grad=relation_weight == "learned"
         )
-        self.set_feedback(empty_edges(edge_index.device), 0.0)
+        self.set_feedback(Edges(triples.new_zeros(2, 0), torch.zeros(0, device=triples.device)), 0.0)
 
     def set_feedback(self, feedback: Edges, eta: float) -> None:
         """Add the edges of the correlation graph as a relation of weight ``eta`` (0: without)."""
-        index = feedback.edge_index if eta else feedback.edge_index[:, :0]
-        edges = torch.cat([self.edge_index, index], dim=1)
-        base = torch.ones(edges.shape[1], device=edges.device)
-        base[self.edge_index.shape[1] :] = eta
-        relation = torch.cat([self.relation, self.relation.new_full((index.shape[1],), self.feedback_relation)])
-        self.register_buffer("edges", edges, persistent=False)
-        self.register_buffer("base_weight", base, persistent=False)
-        self.register_buffer("edge_relation", relation, persistent=False)
-        self.graph = SparseMatrix(Edges(edges, base), (self.n_nodes, self.n_nodes))
-        degree = torch.bincount(edges[0], minlength=self.n_nodes)[: self.n_items]
-        self.register_buffer("mask", torch.ones_like(degree, dtype=torch.bool) if self.ego else degree > 0, False)
-
-    def edge_weight(self) -> Tensor:
-        """Return the normalised weight of every edge, ``[E]``."""
-        weight = self.base_weight * self.relation_log_weight.exp().index_select(0, self.edge_relation)
-        return normalize_symmetric(self.edges, weight, (self.n_nodes, self.n_nodes))
+        ones = torch.ones_like(feedback.edge_weight)
+        self.eta, self.feedback = eta, _feedback_matrix(Edges(feedback.edge_index, ones), eta, self.n_items)
+        degree = torch.bincount(feedback.edge_index[0], minlength=self.n_items) * (self.feedback is not None)
+        self.register_buffer("feedback_degree", degree.to(ones.dtype), persistent=False)
+        self.register_buffer("mask", self.linked | (degree > 0) | self.ego, persistent=False)
 
     def forward(self, item_embedding: Tensor) -> Tensor:
         """Return the KG's view of every item, ``[n_items, size]``; zeros outside ``mask``."""
-        weight = self.edge_weight()
+        weight = self.relation_log_weight.exp()
+        relations, feedback = weight[:-1], self.eta * weight[-1]
+        forth, back = relations.chunk(2)  # an edge of a row is that of a column the other way round
+        degree = self.relation_counts.multiply(torch.stack([relations, torch.cat([back, forth])], dim=1))
+        degree = degree + F.pad(feedback * self.feedback_degree, (0, self.n_nodes - self.n_items)).unsqueeze(1)
+        row_scale, col_scale = inverse_sqrt(degree).split(1, dim=1)
         nodes = torch.cat([item_embedding, self.entity_embedding.weight])
-        n_layers = self.n_layers
-        if not self.ego:
-            nodes, n_layers = self.graph.multiply(nodes, weight), n_layers - 1
-        nodes = light_propagation(lambda dense: self.graph.multiply(dense, weight), nodes, n_layers)
-        return nodes[: self.n_items]
+        hidden, gathered = nodes, torch.zeros_like(item_embedding)
+        for k in reversed(range(self.n_layers)):
+            scaled = hidden * col_scale[: len(hidden)]
+            layer = self.layers[k]
+            gathered = layer(scaled, relations)
+            if self.feedback is not None:
+                items = self.feedback.multiply(scaled[: self.n_items])
+                gathered = gathered + F.pad(feedback * items, (0, 0, 0, len(gathered) - self.n_items))
+            gathered = gathered * row_scale[: len(gathered)]
+            hidden = nodes[: len(gathered)] + gathered if k else gathered
+        if self.ego:
+            return (item_embedding + gathered) / (self.n_layers + 1)
+        return gathered / self.n_layers
+
+
+class RelationalRows(nn.Module):
+    r"""Rows of a graph with a weight per relation: :math:`y_i = \sum_r w_r \sum_{j \in N_r(i)} x_j`.
+
+    In two steps: one sum per (row, relation) over unweighted edges, then the weighted sum of these. The gradient of the
+    weights then costs a product per (row, relation), of which there are far fewer than edges, and the edges need no
+    values of their own.
+
+    Args:
+        row: ``[E]``.
+        relation: ``[E]``.
+        col: ``[E]``.
+        shape: ``(n_rows, n_cols)``.
+        n_relations: number of relations.
+    """
+
+    pair_relation: Tensor
+
+    def __init__(self, row: Tensor, relation: Tensor, col: Tensor, shape: tuple[int, int], n_relations: int) -> None:
+        super().__init__()
+        n_relations = max(n_relations, 1)
+        pairs, pair = torch.unique(row * n_relations + relation, return_inverse=True)
+        n_pairs, n_rows = len(pairs), torch.div(pairs, n_relations, rounding_mode="floor")
+        ones = torch.ones(len(row), device=row.device)
+        self.sums = SparseMatrix(Edges(torch.stack([pair, col]), ones), (n_pairs, shape[1]))
+        by_row = torch.stack([n_rows, torch.arange(n_pairs, device=row.device)])
+        self.merge = SparseMatrix(Edges(by_row, torch.ones(n_pairs, device=row.device)), (shape[0], n_pairs))
+        self.register_buffer("pair_relation", pairs % n_relations, persistent=False)
+
+    def forward(self, nodes: Tensor, weight: Tensor) -> Tensor:
+        """Return ``[n_rows, d]`` of ``nodes [n_cols, d]`` with the relations' ``weight [n_relations]``."""
+        return self.merge.multiply(self.sums.multiply(nodes), weight.index_select(0, self.pair_relation))
+
+
+def _feedback_matrix(feedback: Edges, eta: float, n_items: int) -> SparseMatrix | None:
+    if eta == 0 or feedback.edge_index.shape[1] == 0:
+        return None
+    return SparseMatrix(feedback, (n_items, n_items), symmetric=True)
+
+
+def _order_by_hops(row: Tensor, col: Tensor, n_entities: int, n_items: int, n_hops: int) -> tuple[Tensor, list[int]]:
+    """Number the nodes by their distance from the items, which keep their numbers.
+
+    Args:
+        row: one end of each edge, both directions, ``[E]``.
+        col: the other end, ``[E]``.
+        n_entities: number of nodes.
+        n_items: the first nodes are the items.
+        n_hops: how far to go.
+
+    Returns:
+        the new number of each node, ``[n_entities]``, with those further away last, and how many nodes lie within
+        0, 1 ... ``n_hops`` hops.
+    """
+    hops = torch.full((n_entities,), n_hops + 1, device=row.device)
+    hops[:n_items] = 0
+    for hop in range(1, n_hops + 1):
+        reached = col[hops[row] == hop - 1]
+        hops[reached] = hops[reached].clamp(max=hop)
+    node = torch.empty_like(hops)
+    node[torch.argsort(hops, stable=True)] = torch.arange(n_entities, device=row.device)
+    return node, [int((hops <= hop).sum()) for hop in range(n_hops + 1)]
+
+
+def _relation_counts(row: Tensor, relation: Tensor, shape: tuple[int, int]) -> SparseMatrix:
+    """Return how many edges of each relation a node has, ``[n_nodes, n_relations]``."""
+    keys, counts = torch.unique(row * max(shape[1], 1) + relation, return_counts=True)
+    index = torch.stack([torch.div(keys, max(shape[1], 1), rounding_mode="floor"), keys % max(shape[1], 1)])
+    return SparseMatrix(Edges(index, counts.to(torch.get_default_dtype())), shape)
 
 
 def _filter_by_degree(triples: Tensor, n_entities: int, n_items: int, degree_range: tuple[int, int]) -> Tensor:

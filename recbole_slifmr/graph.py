@@ -60,7 +60,7 @@ def sum_edges(edge_index: Tensor, edge_weight: Tensor, n_cols: int) -> Edges:
     return Edges(torch.stack([torch.div(keys, n_cols, rounding_mode="floor"), keys % n_cols]), weight)
 
 
-def _inverse_sqrt(degree: Tensor) -> Tensor:
+def inverse_sqrt(degree: Tensor) -> Tensor:
     return torch.where(degree > 0, degree.clamp(min=1e-12).rsqrt(), torch.zeros_like(degree))
 
 
@@ -78,7 +78,7 @@ def normalize_symmetric(edge_index: Tensor, edge_weight: Tensor, shape: tuple[in
     row, col = edge_index
     row_degree = edge_weight.new_zeros(shape[0]).index_add(0, row, edge_weight)
     col_degree = edge_weight.new_zeros(shape[1]).index_add(0, col, edge_weight)
-    row_scale, col_scale = _inverse_sqrt(row_degree), _inverse_sqrt(col_degree)
+    row_scale, col_scale = inverse_sqrt(row_degree), inverse_sqrt(col_degree)
     return edge_weight * row_scale.index_select(0, row) * col_scale.index_select(0, col)
 
 
@@ -218,6 +218,7 @@ class SparseMatrix(nn.Module):
     Args:
         edges: the entries; duplicates add up.
         shape: ``(n_rows, n_cols)``.
+        symmetric: the matrix is its own transpose, which then takes no room; it cannot be given other values.
     """
 
     crow: Tensor
@@ -229,24 +230,27 @@ class SparseMatrix(nn.Module):
     t_order: Tensor
     t_values: Tensor
 
-    def __init__(self, edges: Edges, shape: tuple[int, int]) -> None:
+    def __init__(self, edges: Edges, shape: tuple[int, int], symmetric: bool = False) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.symmetric = shape, symmetric
         row, col = edges.edge_index
         order = torch.argsort(row * shape[1] + col, stable=True)
         row, col = row[order], col[order]
-        t_order = torch.argsort(col * shape[0] + row, stable=True)
         index = torch.int32 if max(*shape, len(row)) < 2**31 else torch.int64
         buffers = {
-            "order": order,  # position of each entry in the edges given
             "crow": _row_pointer(row, shape[0]).to(index),
             "col": col.to(index),
             "values": edges.edge_weight[order],
-            "t_order": t_order,  # position of each entry of the transpose in this matrix
-            "t_crow": _row_pointer(col[t_order], shape[1]).to(index),
-            "t_col": row[t_order].to(index),
-            "t_values": edges.edge_weight[order][t_order],
         }
+        if not symmetric:
+            t_order = torch.argsort(col * shape[0] + row, stable=True)
+            buffers |= {
+                "order": order.to(index),  # position of each entry in the edges given
+                "t_crow": _row_pointer(col[t_order], shape[1]).to(index),
+                "t_col": row[t_order].to(index),
+                "t_order": t_order.to(index),  # position of each entry of the transpose in this matrix
+                "t_values": buffers["values"][t_order],
+            }
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -273,8 +277,18 @@ class SparseMatrix(nn.Module):
             ``[n_rows, d]``.
         """
         if edge_weight is None:
-            return _Product.apply(self, dense)
+            return _Product.apply(self, dense, False)
         return _WeightedProduct.apply(self, edge_weight.index_select(0, self.order), dense)
+
+    def multiply_transposed(self, dense: Tensor) -> Tensor:
+        """Return the transpose of this matrix times ``dense [n_rows, d]``, ``[n_cols, d]``."""
+        return _Product.apply(self, dense, True)
+
+    def product(self, dense: Tensor, transposed: bool) -> Tensor:
+        """Return this matrix or its transpose times ``dense``, outside autograd."""
+        if transposed and not self.symmetric:
+            return _spmm(self.t_crow, self.t_col, self.t_values, self.shape[::-1], dense)
+        return _spmm(self.crow, self.col, self.values, self.shape, dense)
 
     def extra_repr(self) -> str:
         """Show the sizes when the model is printed."""
@@ -296,22 +310,30 @@ def _spmm(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int], den
     if len(values) == 0:
         return dense.new_zeros(shape[0], dense.shape[1])
     matrix = _csr(crow, col, values.to(dense.dtype), shape)
-    if dense.device.type == "cpu" and not torch.backends.mkl.is_available():
-        matrix = matrix.to_sparse_coo()  # PyTorch multiplies CSR on a CPU through MKL only
-    return matrix @ dense
+    if dense.device.type != "cpu":
+        return matrix @ dense
+    if not torch.backends.mkl.is_available():  # PyTorch multiplies CSR on a CPU through MKL only
+        return matrix.to_sparse_coo() @ dense
+    if dense.shape[1] <= MKL_WIDTH:
+        return matrix @ dense
+    return torch.cat([matrix @ block for block in dense.split(MKL_WIDTH, dim=1)], dim=1)
+
+
+MKL_WIDTH = 64  # columns per product: MKL takes several times as long for 128 as for two times 64
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, matrix: SparseMatrix, dense: Tensor) -> Tensor:
-        ctx.matrix = matrix  # type: ignore[attr-defined]
-        return _spmm(matrix.crow, matrix.col, matrix.values, matrix.shape, dense)
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, matrix: SparseMatrix, dense: Tensor, transposed: bool
+    ) -> Tensor:
+        ctx.matrix, ctx.transposed = matrix, transposed  # type: ignore[attr-defined]
+        return matrix.product(dense, transposed)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[None, Tensor]:
-        matrix: SparseMatrix = ctx.matrix  # type: ignore[attr-defined]
-        grad = grads[0].contiguous()
-        return None, _spmm(matrix.t_crow, matrix.t_col, matrix.t_values, matrix.shape[::-1], grad)
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[None, Tensor, None]:
+        matrix, transposed = ctx.matrix, ctx.transposed  # type: ignore[attr-defined]
+        return None, matrix.product(grads[0].contiguous(), not transposed), None
 
 
 class _WeightedProduct(torch.autograd.Function):
@@ -332,7 +354,7 @@ class _WeightedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             grad_values = _sampled_product(matrix, grad, dense)
         if ctx.needs_input_grad[2]:  # type: ignore[attr-defined]
-            t_values = values[matrix.t_order]
+            t_values = values.index_select(0, matrix.t_order)
             grad_dense = _spmm(matrix.t_crow, matrix.t_col, t_values, matrix.shape[::-1], grad)
         return None, grad_values, grad_dense
 

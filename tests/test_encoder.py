@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from recbole_slifmr.encoder import FeatureEncoder, InteractionEncoder, KnowledgeEncoder
+from recbole_slifmr.encoder import FeatureEncoder, InteractionEncoder, InteractionGraph, KnowledgeEncoder
 from recbole_slifmr.graph import Edges, empty_edges
 
 FEEDBACK = Edges(torch.tensor([[1, 2], [2, 1]]), torch.tensor([1.0, 1.0]))  # items 1 - 2
@@ -41,11 +41,12 @@ def test_interaction_encoder_equals_dense(eta):
 
 def test_user_means_skip_items_without_the_view():
     encoder = InteractionEncoder(interactions(), 3, 3, n_layers=1)
-    views = torch.tensor([[[0.0], [0.0]], [[2.0], [6.0]], [[4.0], [0.0]]])  # items x views x 1
-    mask = torch.tensor([[False, False], [True, True], [True, False]])
-    means, user_mask = encoder.user_means(views, mask)
-    assert means.squeeze(2).tolist() == [[0.0, 0.0], [3.0, 6.0], [2.0, 6.0]]
-    assert user_mask.tolist() == [[False, False], [True, True], [True, True]]
+    first, second = torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[0.0], [6.0], [0.0]])
+    mask = torch.tensor([[False, False], [True, True], [True, False]])  # item 2 lacks the second view
+    torch.testing.assert_close(encoder.graph.user_means(first, mask[:, 0]), torch.tensor([[0.0], [3.0], [2.0]]))
+    torch.testing.assert_close(encoder.graph.user_means(second, mask[:, 1]), torch.tensor([[0.0], [6.0], [6.0]]))
+    assert encoder.graph.user_mask(mask).tolist() == [[False, False], [True, True], [True, True]]
+    assert encoder.graph.user_mask(mask & ~mask[:, :1]).any().item() is False
 
 
 def test_pruning_touches_training_only():
@@ -57,7 +58,7 @@ def test_pruning_touches_training_only():
     encoder.prune(0.5, seed=1)
     torch.testing.assert_close(encoder.eval()(*ego), whole)
     assert not torch.allclose(encoder.train()(*ego)[0], whole[0])
-    assert encoder.pruned.interactions.nnz < encoder.whole.interactions.nnz
+    assert encoder.pruned.matrix.nnz < encoder.whole.matrix.nnz
     encoder.prune(0.0, seed=1)
     torch.testing.assert_close(encoder.train()(*ego), whole)
 
@@ -82,19 +83,33 @@ def test_feature_encoder_equals_dense():
     assert encoder.mask.tolist() == [False, True, True, True, False]
 
 
-def test_feature_feedback_blends_with_the_initial_graph_each_time():
-    encoder, _ = feature_encoder()
+@pytest.mark.parametrize("gate", [False, True])
+def test_feature_feedback_blends_with_the_initial_graph_each_time(gate):
+    encoder, features = feature_encoder(gate=gate)
     for _ in range(2):  # twice: nothing piles up
         encoder.set_feedback(Edges(torch.tensor([[1, 3, 0, 1], [3, 1, 1, 0]]), torch.ones(4)), 0.25)
-    edges = {
-        tuple(e): w
-        for e, w in zip(
-            encoder.graph.edges().edge_index.T.tolist(), encoder.graph.edges().edge_weight.tolist(), strict=True
-        )
-    }
-    assert edges[1, 3] == pytest.approx(0.25)
-    assert edges[1, 2] == pytest.approx(0.75 / math.sqrt(2))
-    assert (0, 1) not in edges, "an item without the modality is nobody's neighbour"
+    a = torch.zeros(5, 5)
+    a[1, 2] = a[2, 1] = a[2, 3] = a[3, 2] = 0.75 / math.sqrt(2)
+    a[1, 3] = a[3, 1] = 0.25  # and not (0, 1): an item without the modality is nobody's neighbour
+    x = torch.nn.functional.normalize(features, dim=1) * torch.tensor([0, 1, 1, 1, 0])[:, None]
+    ego = torch.randn(5, 2)
+    h = x @ encoder.projection.weight.T
+    h = h * torch.sigmoid(encoder.gate(ego)) if gate else h
+    torch.testing.assert_close(encoder(ego), (h + a @ h) / 2)
+
+
+@pytest.mark.parametrize("n_rows", [2, 7], ids=["few", "more than there are"])
+def test_feature_rows_are_rows_of_the_whole_view(n_rows):
+    encoder, _ = feature_encoder()
+    users, items = torch.arange(n_rows) % 3, torch.arange(n_rows) % 5
+    for feedback in (empty_edges(), Edges(torch.tensor([[1, 3], [3, 1]]), torch.ones(2))):
+        encoder.set_feedback(feedback, 0.5)
+        for edges in (torch.tensor([[1, 1, 2], [1, 2, 4]]), torch.tensor([[1, 1, 2], [1, 3, 3]])):
+            graph = InteractionGraph(edges, 3, 5)
+            view = encoder(torch.zeros(5, 2))
+            user_rows, item_rows = encoder.rows(graph, users, items)
+            torch.testing.assert_close(item_rows, view[items])
+            torch.testing.assert_close(user_rows, graph.user_means(view, encoder.mask)[users])
 
 
 def test_the_gate_uses_the_id_embedding():
@@ -150,6 +165,38 @@ def test_without_its_own_embedding_an_unlinked_item_has_no_kg_view_until_feedbac
     encoder.set_feedback(Edges(torch.tensor([[0, 1], [1, 0]]), torch.ones(2)), 0.5)
     assert encoder.mask.all()
     assert encoder(torch.randn(3, 2))[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 3])
+@pytest.mark.parametrize("ego", [False, True])
+def test_rows_beyond_the_reach_of_an_item_change_nothing(n_layers, ego):
+    """A path item 1 - 3 - 4 - 5 - 6 - 7: the view is that of the whole graph, with nodes no further than L hops."""
+    triples = torch.tensor([[1, 1, 3], [4, 1, 3], [4, 2, 5], [5, 1, 6], [6, 1, 7]])
+    encoder = KnowledgeEncoder(triples, n_entities=8, n_items=3, size=2, n_layers=n_layers, ego=ego)
+    assert encoder.n_nodes == 3 + n_layers
+    with torch.no_grad():
+        encoder.relation_log_weight.copy_(torch.tensor([0.3, -0.7, 0.1, 0.9, 0.2]))
+    forward, back = encoder.relation_log_weight[:2].exp(), encoder.relation_log_weight[2:4].exp()
+    a = torch.zeros(8, 8)
+    for head, relation, tail in triples.tolist():
+        a[head, tail], a[tail, head] = forward[relation - 1], back[relation - 1]
+    degree = a.sum(1)[:, None] * a.sum(0)[None]
+    a = a / degree.where(degree > 0, 1.0).sqrt()
+    items = torch.randn(3, 2, requires_grad=True)
+    nodes = torch.cat([items, encoder.entity_embedding.weight, torch.randn(8 - encoder.n_nodes, 2)])
+    layers = [nodes]
+    for _ in range(n_layers):
+        layers.append(a @ layers[-1])
+    expected = torch.stack(layers[0 if ego else 1 :]).mean(0)[:3]
+    torch.testing.assert_close(encoder(items), expected)
+    inputs = [items, encoder.entity_embedding.weight, encoder.relation_log_weight]
+    upstream = torch.randn(3, 2)
+    for actual, dense in zip(
+        torch.autograd.grad(encoder(items), inputs, upstream, retain_graph=True),
+        torch.autograd.grad(expected, inputs, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, dense)
 
 
 def test_an_item_without_an_entity_keeps_a_node_of_its_own():

@@ -153,25 +153,30 @@ class SLIFMR(EmbeddingRecommender):
 
     # -- representations ------------------------------------------------------------------------------------------
 
-    def encode(self) -> Views:
-        """Run every encoder over the whole graphs."""
-        item_embedding = self.item_embedding.weight
+    def encode(self, users: Tensor | None = None, items: Tensor | None = None) -> Views:
+        """Run every encoder over the whole graphs; return all nodes, or the ``users [B]`` and ``items [C]`` asked for.
+
+        Features without a gate are computed for the nodes asked for only: see ``FeatureEncoder``.
+        """
+        graph, item_embedding = self.interaction_encoder.graph, self.item_embedding.weight
         u_c, i_c = self.interaction_encoder(self.user_embedding.weight, item_embedding)
-        views = [encoder(item_embedding) for encoder in self.feature_encoders.values()]
-        masks = [encoder.mask for encoder in self.feature_encoders.values()]
-        if self.kg_encoder is not None:
-            views.append(self.kg_encoder(item_embedding))
-            masks.append(self.kg_encoder.mask)
-        everyone = [torch.ones(len(rows), 1, dtype=torch.bool, device=rows.device) for rows in (u_c, i_c)]
-        if not views:
-            return Views(u_c.unsqueeze(1), i_c.unsqueeze(1), *everyone)
-        aux_items, aux_mask = torch.stack(views, dim=1), torch.stack(masks, dim=1)
-        aux_users, aux_user_mask = self.interaction_encoder.user_means(aux_items, aux_mask)
+        views = [(_rows(u_c, users), _rows(i_c, items))]
+        masks = [torch.ones(self.n_items, dtype=torch.bool, device=i_c.device)]
+        for encoder in [*self.feature_encoders.values(), *([] if self.kg_encoder is None else [self.kg_encoder])]:
+            masks.append(encoder.mask)
+            if users is not None and items is not None and isinstance(encoder, FeatureEncoder) and encoder.gate is None:
+                views.append(encoder.rows(graph, users, items))
+            else:
+                view = encoder(item_embedding)
+                views.append((_rows(graph.user_means(view, encoder.mask), users), _rows(view, items)))
+        item_mask = torch.stack(masks, dim=1)
+        user_mask = graph.user_mask(item_mask)
+        user_mask[:, 0] = True  # everyone has an embedding
         return Views(
-            torch.cat([u_c.unsqueeze(1), aux_users], dim=1),
-            torch.cat([i_c.unsqueeze(1), aux_items], dim=1),
-            torch.cat([everyone[0], aux_user_mask], dim=1),
-            torch.cat([everyone[1], aux_mask], dim=1),
+            torch.stack([user_view for user_view, _ in views], dim=1),
+            torch.stack([item_view for _, item_view in views], dim=1),
+            _rows(user_mask, users),
+            _rows(item_mask, items),
         )
 
     def fuse(self, fusion: Fusion, views: Tensor, mask: Tensor) -> Tensor:
@@ -197,12 +202,10 @@ class SLIFMR(EmbeddingRecommender):
         """Return the terms of the loss for a batch of (user, positive item, negative item)."""
         self.clear_cache()
         user, pos, neg = self.batch_ids(interaction)
-        views = self.encode()
-        user_views, user_mask = views.users.index_select(0, user), views.user_mask[user]
-        pos_views, pos_mask = views.items.index_select(0, pos), views.item_mask[pos]
+        user_views, item_views, user_mask, item_mask = self.encode(user, torch.cat([pos, neg]))
         z_user = self.fuse(self.user_fusion, user_views, user_mask)
-        z_pos = self.fuse(self.item_fusion, pos_views, pos_mask)
-        z_neg = self.fuse(self.item_fusion, views.items.index_select(0, neg), views.item_mask[neg])
+        z_pos, z_neg = self.fuse(self.item_fusion, item_views, item_mask).split([len(pos), len(neg)])
+        pos_views, pos_mask = item_views[: len(pos)], item_mask[: len(pos)]
 
         bpr = bpr_loss((z_user * z_pos).sum(1), (z_user * z_neg).sum(1))
         inter = intra = torch.zeros_like(bpr)
@@ -271,6 +274,10 @@ class SLIFMR(EmbeddingRecommender):
             "homogenisation": homogenisation(views.items[1:], views.item_mask[1:]),
             "smoothing": smoothing(self._final[1][1:]),
         }
+
+
+def _rows(nodes: Tensor, rows: Tensor | None) -> Tensor:
+    return nodes if rows is None else nodes.index_select(0, rows)
 
 
 def _choice(config: Any, name: str, allowed: Sequence[str]) -> str:
