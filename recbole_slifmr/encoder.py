@@ -28,7 +28,7 @@ RELATION_WEIGHTS = ("learned", "uniform")
 
 
 class InteractionGraph(nn.Module):
-    """The normalised interactions :math:`\\hat R`, ``[n_users, n_items]``.
+    r"""The normalised interactions :math:`\hat R`, ``[n_users, n_items]``.
 
     Args:
         edge_index: user and item of each interaction, ``[2, E]``, unique.
@@ -191,7 +191,7 @@ class FeatureEncoder(nn.Module):
         Returns:
             ``[B, size]`` and ``[C, size]``.
         """
-        if self._averaged_over != (graph,):
+        if self.user_features is None or self._averaged_over != (graph,):
             with torch.no_grad():
                 self.user_features = graph.user_means(self.propagated, self.mask)
             self._averaged_over = (graph,)
@@ -351,7 +351,7 @@ def _feedback_matrix(feedback: Edges, eta: float, n_items: int) -> SparseMatrix 
 
 
 def _order_by_hops(row: Tensor, col: Tensor, n_entities: int, n_items: int, n_hops: int) -> tuple[Tensor, list[int]]:
-    """Number the nodes by their distance from the items, which keep their numbers.
+    """Give the nodes new numbers by their distance from the items, which keep theirs.
 
     Args:
         row: one end of each edge, both directions, ``[E]``.

@@ -61,6 +61,7 @@ def sum_edges(edge_index: Tensor, edge_weight: Tensor, n_cols: int) -> Edges:
 
 
 def inverse_sqrt(degree: Tensor) -> Tensor:
+    """Return :math:`d^{-1/2}`, and 0 where d is 0."""
     return torch.where(degree > 0, degree.clamp(min=1e-12).rsqrt(), torch.zeros_like(degree))
 
 
@@ -306,20 +307,21 @@ def _csr(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> T
         return torch.sparse_csr_tensor(crow, col, values, size=shape, check_invariants=False)
 
 
+MKL_WIDTH = 64  # columns per product: MKL takes several times as long for 128 as for two times 64
+
+
 def _spmm(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int], dense: Tensor) -> Tensor:
     if len(values) == 0:
         return dense.new_zeros(shape[0], dense.shape[1])
     matrix = _csr(crow, col, values.to(dense.dtype), shape)
-    if dense.device.type != "cpu":
-        return matrix @ dense
-    if not torch.backends.mkl.is_available():  # PyTorch multiplies CSR on a CPU through MKL only
+    on_cpu = dense.device.type == "cpu"
+    if on_cpu and not torch.backends.mkl.is_available():  # PyTorch multiplies CSR on a CPU through MKL only
         return matrix.to_sparse_coo() @ dense
-    if dense.shape[1] <= MKL_WIDTH:
-        return matrix @ dense
-    return torch.cat([matrix @ block for block in dense.split(MKL_WIDTH, dim=1)], dim=1)
-
-
-MKL_WIDTH = 64  # columns per product: MKL takes several times as long for 128 as for two times 64
+    out = dense.new_empty(shape[0], dense.shape[1])
+    width = MKL_WIDTH if on_cpu else max(dense.shape[1], 1)
+    for result, block in zip(out.split(width, dim=1), dense.split(width, dim=1), strict=True):
+        torch.addmm(result, matrix, block, beta=0, out=result)  # matrix @ block fills and copies another result
+    return out
 
 
 class _Product(torch.autograd.Function):

@@ -13,6 +13,7 @@ from recbole.utils import set_color
 
 from recbole_slifmr.callback import Callback, DiagnosticsCallback, PruningCallback, SelfLoopCallback, load_callback
 from recbole_slifmr.errors import SettingError
+from recbole_slifmr.memory import keep_freed_memory
 
 
 def make_callbacks(config: Any, model: Any) -> list[Callback]:
@@ -48,6 +49,8 @@ class SLIFMRTrainer(Trainer):
     def fit(self, train_data: Any, valid_data: Any = None, **kwargs: Any) -> tuple[float, dict[str, float] | None]:
         """Train as RecBole's ``Trainer.fit`` does, with the callbacks."""
         self._train_data = train_data
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if self._resumed is not None:
             self._restore_random_states(self._resumed)
         for callback in self.callbacks:
@@ -56,6 +59,14 @@ class SLIFMRTrainer(Trainer):
         for callback in self.callbacks:
             callback.on_fit_end(self)
         return result
+
+    def _build_optimizer(self, **kwargs: Any) -> Any:
+        """Build RecBole's optimiser; Adam in its fused form, which passes over the parameters once."""
+        optimizer = super()._build_optimizer(**kwargs)
+        if isinstance(optimizer, torch.optim.Adam):
+            for group in optimizer.param_groups:
+                group["fused"] = True
+        return optimizer
 
     def _train_epoch(self, train_data: Any, epoch_idx: int, *args: Any, **kwargs: Any) -> Any:
         if hasattr(self.model, "start_epoch"):

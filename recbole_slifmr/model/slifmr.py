@@ -162,7 +162,9 @@ class SLIFMR(EmbeddingRecommender):
         u_c, i_c = self.interaction_encoder(self.user_embedding.weight, item_embedding)
         views = [(_rows(u_c, users), _rows(i_c, items))]
         masks = [torch.ones(self.n_items, dtype=torch.bool, device=i_c.device)]
-        for encoder in [*self.feature_encoders.values(), *([] if self.kg_encoder is None else [self.kg_encoder])]:
+        encoders: list[FeatureEncoder | KnowledgeEncoder] = [*self.feature_encoders.values()]
+        encoders += [] if self.kg_encoder is None else [self.kg_encoder]
+        for encoder in encoders:
             masks.append(encoder.mask)
             if users is not None and items is not None and isinstance(encoder, FeatureEncoder) and encoder.gate is None:
                 views.append(encoder.rows(graph, users, items))
