@@ -15,7 +15,7 @@ Equations:
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -296,6 +296,52 @@ class SparseMatrix(nn.Module):
         return f"{self.shape[0]} x {self.shape[1]}, {self.nnz} entries"
 
 
+class RelationalMatrix(nn.Module):
+    r"""A sparse matrix whose entries have the weight of their relation: :math:`A = \sum_r w_r A_r`.
+
+    The weights are few and the entries many, so no entry keeps a value of its own.
+
+    Args:
+        edge_index: the entries, ``[2, E]``; duplicates add up.
+        relation: of each entry, ``[E]``.
+        n_relations: number of relations.
+        shape: ``(n_rows, n_cols)``.
+    """
+
+    crow: Tensor
+    col: Tensor
+    relation: Tensor
+    t_crow: Tensor
+    t_col: Tensor
+    t_relation: Tensor
+
+    def __init__(self, edge_index: Tensor, relation: Tensor, n_relations: int, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape, self.n_relations = shape, n_relations
+        index = torch.int32 if max(*shape, len(relation)) < 2**31 else torch.int64
+        for prefix, (row, col), n_rows in (("", edge_index, shape[0]), ("t_", edge_index.flip(0), shape[1])):
+            order = torch.argsort(row * max(shape) + col, stable=True)
+            self.register_buffer(f"{prefix}crow", _row_pointer(row[order], n_rows).to(index), persistent=False)
+            self.register_buffer(f"{prefix}col", col[order].to(index), persistent=False)
+            self.register_buffer(f"{prefix}relation", relation[order].to(index), persistent=False)
+
+    def multiply(self, dense: Tensor, weight: Tensor) -> Tensor:
+        """Return this matrix times ``dense``; gradients reach both arguments.
+
+        Args:
+            dense: ``[n_cols, d]``.
+            weight: of each relation, ``[n_relations]``.
+
+        Returns:
+            ``[n_rows, d]``.
+        """
+        return _RelationalProduct.apply(self, dense, weight)
+
+    def extra_repr(self) -> str:
+        """Show the sizes when the model is printed."""
+        return f"{self.shape[0]} x {self.shape[1]}, {len(self.col)} entries, {self.n_relations} relations"
+
+
 def _row_pointer(sorted_rows: Tensor, n_rows: int) -> Tensor:
     counts = torch.bincount(sorted_rows, minlength=n_rows)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -326,47 +372,66 @@ def _spmm(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int], den
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, matrix: SparseMatrix, dense: Tensor, transposed: bool
-    ) -> Tensor:
-        ctx.matrix, ctx.transposed = matrix, transposed  # type: ignore[attr-defined]
+    def forward(ctx: Any, matrix: SparseMatrix, dense: Tensor, transposed: bool) -> Tensor:
+        ctx.matrix, ctx.transposed = matrix, transposed
         return matrix.product(dense, transposed)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[None, Tensor, None]:
-        matrix, transposed = ctx.matrix, ctx.transposed  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        matrix, transposed = ctx.matrix, ctx.transposed
         return None, matrix.product(grads[0].contiguous(), not transposed), None
+
+
+class _RelationalProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: RelationalMatrix, dense: Tensor, weight: Tensor) -> Tensor:
+        ctx.matrix = matrix
+        ctx.save_for_backward(dense, weight)
+        return _spmm(matrix.crow, matrix.col, weight.index_select(0, matrix.relation), matrix.shape, dense)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        matrix: RelationalMatrix = ctx.matrix
+        dense, weight = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_dense = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            values = weight.index_select(0, matrix.t_relation)
+            grad_dense = _spmm(matrix.t_crow, matrix.t_col, values, matrix.shape[::-1], grad)
+        if ctx.needs_input_grad[2]:
+            by_entry = _sampled_product(matrix.crow, matrix.col, matrix.shape, grad, dense)
+            by_relation = torch.bincount(matrix.relation, by_entry, minlength=matrix.n_relations)
+            grad_weight = by_relation.to(weight.dtype)
+        return None, grad_dense, grad_weight
 
 
 class _WeightedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, matrix: SparseMatrix, values: Tensor, dense: Tensor
-    ) -> Tensor:
-        ctx.matrix = matrix  # type: ignore[attr-defined]
+    def forward(ctx: Any, matrix: SparseMatrix, values: Tensor, dense: Tensor) -> Tensor:
+        ctx.matrix = matrix
         ctx.save_for_backward(values, dense)
         return _spmm(matrix.crow, matrix.col, values, matrix.shape, dense)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
-        matrix: SparseMatrix = ctx.matrix  # type: ignore[attr-defined]
-        values, dense = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        matrix: SparseMatrix = ctx.matrix
+        values, dense = ctx.saved_tensors
         grad = grads[0].contiguous()
         grad_values = grad_dense = None
-        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            grad_values = _sampled_product(matrix, grad, dense)
-        if ctx.needs_input_grad[2]:  # type: ignore[attr-defined]
+        if ctx.needs_input_grad[1]:
+            grad_values = _sampled_product(matrix.crow, matrix.col, matrix.shape, grad, dense)
+        if ctx.needs_input_grad[2]:
             t_values = values.index_select(0, matrix.t_order)
             grad_dense = _spmm(matrix.t_crow, matrix.t_col, t_values, matrix.shape[::-1], grad)
         return None, grad_values, grad_dense
 
 
-def _sampled_product(matrix: SparseMatrix, left: Tensor, right: Tensor) -> Tensor:
-    """Return ``(left @ right.T)`` at the entries of ``matrix``, ``[E]``."""
-    if matrix.nnz == 0:
+def _sampled_product(crow: Tensor, col: Tensor, shape: tuple[int, int], left: Tensor, right: Tensor) -> Tensor:
+    """Return ``(left @ right.T)`` at the entries of a CSR pattern, ``[E]``."""
+    if len(col) == 0:
         return left.new_zeros(0)
     if left.device.type == "cpu" and not torch.backends.mkl.is_available():
-        row, col = matrix.edges().edge_index
+        row = torch.arange(shape[0], device=col.device).repeat_interleave((crow[1:] - crow[:-1]).long())
         return torch.cat([(left[r] * right[c]).sum(1) for r, c in zip(row.split(65536), col.split(65536), strict=True)])
-    pattern = _csr(matrix.crow, matrix.col, torch.zeros_like(matrix.values, dtype=left.dtype), matrix.shape)
+    pattern = _csr(crow, col, left.new_zeros(len(col)), shape)
     return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
