@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import all_scores, batch_of
 
+from recbole_slifmr import loss
 from recbole_slifmr.graph import knn_graph
 from recbole_slifmr.paths import ROOT
 
@@ -116,6 +118,93 @@ def test_nothing_flows_into_the_benchmark_representation(tiny, build):
     assert run.model.item_fusion.transform.weight.grad is None
     assert run.model.feature_encoders["text"].projection.weight.grad.abs().sum() > 0
     assert run.model.item_embedding.weight.grad.abs().sum() > 0
+
+
+def dense_normalized(a):
+    degree = a.sum(1)[:, None] * a.sum(0)[None]
+    return a / degree.where(degree > 0, 1.0).sqrt()
+
+
+def dense_views(model, dataset, feedback):
+    """Every view of every node by the plain formulas of docs/method.md: dense matrices, one power after the other."""
+    n_users, n_items, n_entities = model.n_users, model.n_items, dataset.entity_num
+    r = torch.zeros(n_users, n_items)
+    r[tuple(model.training_interactions(dataset))] = 1
+    s = torch.zeros(n_items, n_items)
+    s[tuple(feedback)] = 1
+    items = model.item_embedding.weight
+    nodes = torch.cat([model.user_embedding.weight, items])
+    a = torch.zeros(len(nodes), len(nodes))
+    a[:n_users, n_users:], a[n_users:, :n_users] = dense_normalized(r), dense_normalized(r).T
+    a[n_users:, n_users:] = model.etas["interaction"] * dense_normalized(s)
+    users, first = ((nodes + a @ nodes + a @ a @ nodes) / 3).split([n_users, n_items])
+    views, masks = [first], [torch.ones(n_items, dtype=torch.bool)]
+
+    for name, (x, mask) in model.item_features(dataset).items():
+        knn = torch.zeros(n_items, n_items)
+        knn[tuple(knn_graph(x, 10, mask))] = 1
+        both = (mask[:, None] & mask[None]).float()
+        eta = model.etas["feature"]
+        a = (1 - eta) * dense_normalized(knn) + eta * dense_normalized(s) * both
+        h = F.normalize(x, dim=1) * mask[:, None] @ model.feature_encoders[name].projection.weight.T
+        views.append((h + a @ h) / 2)
+        masks.append(mask)
+
+    weight = model.kg_encoder.relation_log_weight.exp()
+    n_relations = (len(weight) - 1) // 2
+    a = torch.zeros(n_entities, n_entities)
+    for head, relation, tail in dataset.triples.unique(dim=0).tolist():
+        a[head, tail] += weight[relation - 1]
+        a[tail, head] += weight[n_relations + relation - 1]
+    a[:n_items, :n_items] += model.etas["kg"] * weight[-1] * s
+    used = dataset.triples[:, [0, 2]].unique()
+    entities = torch.zeros(n_entities - n_items, items.shape[1])
+    nodes = torch.cat(
+        [items, entities.index_put((used[used >= n_items] - n_items,), model.kg_encoder.entity_embedding.weight)]
+    )
+    a = dense_normalized(a)
+    views.append(((a @ nodes + a @ a @ nodes) / 2)[:n_items])
+    masks.append(a[:n_items].sum(1) > 0)
+
+    item_views, item_mask = torch.stack(views, 1), torch.stack(masks, 1)
+    count = r @ item_mask.float()
+    means = torch.einsum("ui,ivd->uvd", r, item_views) / count.clamp(min=1)[:, :, None]
+    user_mask = count > 0
+    user_mask[:, 0] = True
+    return torch.cat([users[:, None], means[:, 1:]], 1), item_views, user_mask, item_mask
+
+
+def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(tiny, build):
+    run = build(tiny, kg_min_degree=1, inter_weight=0.3, reg_weight=0.01)
+    model, dataset = run.model, run.train._dataset
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    model.refresh_graphs()
+    batch = batch_of(run)
+    user, pos, neg = model.batch_ids(batch)
+    users, items, user_mask, item_mask = dense_views(model, dataset, model.feedback_index)
+    z_user = model.fuse(model.user_fusion, users, user_mask)[user]
+    z_item = model.fuse(model.item_fusion, items, item_mask)
+    chosen = [0, 1, 2, 3]
+    expected = [
+        loss.bpr_loss((z_user * z_item[pos]).sum(1), (z_user * z_item[neg]).sum(1)),
+        0.3 * loss.inter_modal_loss(items[pos], item_mask[pos], z_item[pos], pos, "infonce", 0.2, 512),
+        0.3
+        * loss.intra_modal_loss(
+            users[user][:, chosen], items[pos][:, chosen], user_mask[user] & item_mask[pos], pos, "infonce", 0.2, 512
+        ),
+        0.01 * loss.l2_loss(model.user_embedding(user), model.item_embedding(pos), model.item_embedding(neg)),
+    ]
+    actual = model.train().calculate_loss(batch)
+    for term, dense in zip(actual, expected, strict=True):
+        torch.testing.assert_close(term, dense)
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(sum(actual), list(parameters.values()))
+    for name, sparse, dense in zip(
+        parameters, gradients, torch.autograd.grad(sum(expected), list(parameters.values())), strict=True
+    ):
+        torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_loss_weights_scale_their_terms(tiny, build):
