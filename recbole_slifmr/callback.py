@@ -12,6 +12,7 @@ from logging import getLogger
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from recbole_slifmr.distributed import from_first
 from recbole_slifmr.errors import SettingError
 
 if TYPE_CHECKING:
@@ -82,10 +83,29 @@ class DiagnosticsCallback(Callback):
                 getLogger().warning(f"epoch {epoch}: {name} is {value:.3f} (above {limit}): representations collapse")
 
 
+def refresh_graphs(model: Any) -> Any:
+    """Refresh the graphs of a model; of several processes the first does, and the others take over its graphs.
+
+    Returns:
+        what ``model.refresh_graphs()`` returned.
+    """
+    computed: list[Any] = []
+
+    def compute() -> tuple[Any, dict[str, Any]]:
+        computed.append(model.refresh_graphs())
+        parameters = model.other_parameter()
+        return computed[0], {name: value.cpu() for name, value in parameters.items()}
+
+    stats, graphs = from_first(compute)
+    if not computed:
+        model.load_other_parameter(graphs)
+    return stats
+
+
 class SelfLoopCallback(Callback):
     """The self-loop of SLIF-MR: after an epoch, feed what the model learned back into its graphs.
 
-    Calls ``model.refresh_graphs()`` and logs edges, turnover and seconds. With ``interval: adaptive`` the gap between
+    Calls ``model.refresh_graphs()``, in the first of several processes, and logs edges, turnover and seconds. With ``interval: adaptive`` the gap between
     refreshes doubles while the correlation graph stands still (turnover below ``low``), up to ``max_gap`` epochs, and
     halves while it moves (above ``high``); a validation score that stalls for ``patience`` evaluations brings the next
     refresh forward.
@@ -138,7 +158,7 @@ class SelfLoopCallback(Callback):
         if epoch < self.next_epoch:
             return
         start = perf_counter()
-        stats = trainer.model.refresh_graphs()
+        stats = refresh_graphs(trainer.model)
         seconds = perf_counter() - start
         if self.adaptive and self.n_refreshes:
             if stats.turnover < self.low:

@@ -17,13 +17,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from recbole_slifmr import __version__
-from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
+from recbole_slifmr.errors import DataError, ProcessError, SettingError, UnknownSettingWarning
 from recbole_slifmr.evaluation import MASKS
 from recbole_slifmr.experiment import Result, read_settings, run, run_distributed
 from recbole_slifmr.report import metric_title
 from recbole_slifmr.study import Task, read_progress
 
-BAD_INPUT = 2
+FAILED, BAD_INPUT = 1, 2
 _FREE_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]}
 
 
@@ -93,12 +93,13 @@ def _train(
     model = model or chosen.get("model") or "SLIFMR"
     dataset = dataset or chosen.get("dataset") or "ml-100k"
     warnings.simplefilter("error", UnknownSettingWarning)
-    if distributed.get("nproc", 1) > 1 or distributed.get("world_size", -1) > 0:
-        if resume is not None:
-            raise SettingError("--resume works in a single process: leave out --nproc and --world_size")
-        run_distributed(model, dataset, files, settings, **distributed)
+    if distributed["nproc"] == 1 and distributed["world_size"] <= 0:
+        result = run(model, dataset, files, settings, resume)
+    elif resume is not None:
+        raise SettingError("--resume works in a single process: leave out --nproc and --world_size")
     else:
-        print_result(run(model, dataset, files, settings, resume))
+        result = run_distributed(model, dataset, files, settings, **distributed)
+    print_result(result)
 
 
 _OPTIONS = [
@@ -106,6 +107,11 @@ _OPTIONS = [
     click.option("--dataset", "-d", default=None, help="Folder under data_path: toy, ml-100k or your own.  [ml-100k]"),
     click.option("--config_files", "--config-files", default=None, help="YAML files of settings, separated by spaces."),
     click.option("--resume", default=None, help="Checkpoint to go on from."),
+    click.option("--nproc", default=1, help="Processes on this machine: one GPU each, or all on the CPU.  [1]"),
+    click.option("--ip", default=None, help="Address of the first of several machines."),
+    click.option("--port", default=None, type=int, help="Port of the first of several machines."),
+    click.option("--world_size", "--world-size", default=-1, help="Processes on all machines.  [nproc]"),
+    click.option("--group_offset", "--group-offset", default=0, help="Rank of this machine's first process.  [0]"),
 ]
 
 
@@ -208,14 +214,7 @@ class _LiveTable:
 
 
 @click.command(context_settings=_FREE_SETTINGS)
-@_with_options(
-    *_OPTIONS,
-    click.option("--nproc", default=1, help="Processes on this machine, one GPU each."),
-    click.option("--ip", default="localhost", help="Address of the first machine."),
-    click.option("--port", default="5678", help="Port of the first machine."),
-    click.option("--world_size", "--world-size", default=-1, help="Processes on all machines."),
-    click.option("--group_offset", "--group-offset", default=0, help="Rank of this machine's first process."),
-)
+@_with_options(*_OPTIONS)
 @click.pass_context
 def _run_recbole(context: click.Context, **options: Any) -> None:
     """Run a model as RecBole's run_recbole.py does: run_recbole --model=SLIFMR --dataset=ml-100k.
@@ -232,6 +231,10 @@ def _invoke(command: click.Command, name: str, arguments: Sequence[str] | None) 
     except (DataError, SettingError, UnknownSettingWarning) as error:
         click.echo(f"error: {error}", err=True)
         return BAD_INPUT
+    except ProcessError as error:
+        click.echo("\n".join(getattr(error, "__notes__", ())), err=True, nl=False)
+        click.echo(f"error: {error}", err=True)
+        return FAILED
     except click.ClickException as error:
         error.show()
         return error.exit_code

@@ -11,3 +11,7 @@ class SettingError(ValueError):
 
 class UnknownSettingWarning(UserWarning):
     """A setting that neither RecBole nor the model reads."""
+
+
+class ProcessError(RuntimeError):
+    """A process of a distributed run failed; its traceback is the error's note."""

@@ -21,8 +21,10 @@ import torch
 import yaml
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
-from recbole.utils import get_model, get_trainer, init_logger, init_seed
+from recbole.trainer import PretrainTrainer
+from recbole.utils import ModelType, get_model, get_trainer, init_logger, init_seed
 
+from recbole_slifmr.distributed import launch, stay_on_this_machine
 from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
 from recbole_slifmr.evaluation import evaluate, mask_training_items_only
 from recbole_slifmr.plugin import model_names
@@ -115,6 +117,8 @@ def run(
     config = make_config(model, dataset, config_files, settings)
     log_file = _start_log(config)
     getLogger().info(config)
+    if not config["single_spec"]:
+        getLogger().info(f"{config['world_size']} processes on {config['device'].type}")
     prepared = prepare(config, split_seed)
     trainer = prepared.trainer
     getLogger().info(trainer.model)
@@ -179,9 +183,11 @@ def prepare(config: Config, split_seed: int | None = None) -> Prepared:
             )
         train, valid, test = data_preparation(config, data)
     with bad_input(SettingError, (ValueError, NotImplementedError)):
-        init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+        init_seed(config["seed"], config["reproducibility"])
         network = get_model(config["model"])(config, train._dataset).to(config["device"])
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, network)
+    if not config["single_spec"]:  # the same model everywhere, but negatives of its own for each process
+        init_seed(config["seed"] + config["offset"] + config["local_rank"], config["reproducibility"])
     return Prepared(config, train, valid, test, trainer)
 
 
@@ -270,8 +276,15 @@ def _resume(trainer: Any, checkpoint: Path) -> None:
 
 
 def _start_log(config: Config) -> Path | None:
-    """Start RecBole's log of this run, ending that of an earlier run in the same process."""
+    """Start RecBole's log of this run, ending that of an earlier run in the same process.
+
+    Of the processes of a distributed run, the first on each machine logs.
+    """
     root = getLogger()
+    if config["local_rank"] != 0:
+        root.addHandler(logging.NullHandler())
+        warnings.simplefilter("ignore")
+        return None
     for handler in _handlers:
         root.removeHandler(handler)
         handler.close()
@@ -289,35 +302,81 @@ _handlers: list[logging.Handler] = []  # of the run that logs
 def run_distributed(
     model: str,
     dataset: str,
-    config_files: Sequence[str | Path],
-    settings: Mapping[str, Any],
-    nproc: int,
-    ip: str = "localhost",
-    port: str = "5678",
+    config_files: Sequence[str | Path] = (),
+    settings: Mapping[str, Any] | None = None,
+    nproc: int = 2,
+    ip: str | None = None,
+    port: int | None = None,
     world_size: int = -1,
     group_offset: int = 0,
-) -> Any:
-    """Run RecBole's distributed training: ``nproc`` processes on this machine, one GPU each.
+) -> Result:
+    """Run with data parallelism: ``nproc`` processes on this machine share each batch and average their gradients.
+
+    Each process takes a GPU, over NCCL; where there are fewer GPUs than processes all are on the CPU, over Gloo.
+
+    Args:
+        model: name of a model of this package or of RecBole.
+        dataset: name of the data set's folder under ``data_path``.
+        config_files: YAML files of settings, the later ones win.
+        settings: settings that win over the files. ``train_batch_size`` is that of all processes together.
+        nproc: processes on this machine.
+        ip: address of the first machine, if there are several.
+        port: port of the first machine, if there are several.
+        world_size: processes on all machines; ``nproc`` if -1.
+        group_offset: rank of this machine's first process.
+
+    Returns:
+        the result of the first process, which is that of all.
 
     Raises:
-        SettingError: if there are fewer GPUs than processes.
+        SettingError: for an unknown setting, one that cannot be used, or a model that RecBole cannot train like this.
+        DataError: for data that cannot be used.
+        ProcessError: if a process fails otherwise; none is left then.
     """
-    if torch.cuda.device_count() < nproc:
+    world_size = nproc if world_size == -1 else world_size
+    if nproc < 1 or group_offset < 0 or group_offset + nproc > world_size:
         raise SettingError(
-            f"--nproc={nproc} takes one GPU per process and {torch.cuda.device_count()} are here: leave it out"
+            f"--nproc={nproc} --group_offset={group_offset} --world_size={world_size}: "
+            "processes are counted from 1, and all of them are in world_size"
         )
-    from recbole.quick_start import run as recbole_run
+    if world_size > nproc and (ip is None or port is None):
+        raise SettingError(f"--world_size={world_size} with --nproc={nproc} needs --ip and --port of the first machine")
+    config = make_config(model, dataset, config_files, settings)  # errors show before processes start
+    _check_distributed(config)
+    group = {"nproc": nproc, "world_size": world_size, "offset": group_offset}
+    address = f"tcp://{ip}:{port}" if world_size > nproc else None
+    return launch(_run_process, (model, dataset, config_files, settings, group, address), nproc)
 
-    make_config(model, dataset, config_files, settings)  # errors show before processes start
-    return recbole_run(
+
+def _check_distributed(config: Config) -> None:
+    """Refuse what RecBole cannot do in several processes."""
+    alone = f"run {config['model']} in a single process, without --nproc"
+    if config["MODEL_TYPE"] in (ModelType.TRADITIONAL, ModelType.DECISIONTREE):
+        raise SettingError(f"{config['model']} is not trained by gradients, which is all that processes share: {alone}")
+    if issubclass(get_trainer(config["MODEL_TYPE"], config["model"]), PretrainTrainer):
+        raise SettingError(f"RecBole's pretraining writes one file from every process: {alone}")
+    for name in ("save_dataset", "save_dataloaders", "dataloaders_save_path"):
+        if config[name]:
+            raise SettingError(f"{name}: RecBole reads and writes the file from every process at once: leave it out")
+
+
+def _run_process(
+    rank: int,
+    rendezvous: str,
+    model: str,
+    dataset: str,
+    config_files: Sequence[str | Path],
+    settings: Mapping[str, Any] | None,
+    group: Mapping[str, int],
+    address: str | None,
+) -> Result:
+    """Run as one of the processes of :func:`run_distributed`."""
+    warnings.simplefilter("ignore", UnknownSettingWarning)  # the parent has raised or shown it
+    if address is None:
+        stay_on_this_machine()
+    return run(
         model,
         dataset,
-        [str(file) for file in config_files] or None,
-        dict(settings),
-        True,
-        nproc,
-        world_size,
-        ip,
-        port,
-        group_offset,
+        config_files,
+        {**(settings or {}), **group, "local_rank": rank, "init_method": address or rendezvous},
     )
