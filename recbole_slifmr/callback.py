@@ -12,7 +12,7 @@ from logging import getLogger
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from recbole_slifmr.distributed import from_first
+from recbole_slifmr.distributed import from_first, rank_and_count
 from recbole_slifmr.errors import SettingError
 
 if TYPE_CHECKING:
@@ -89,15 +89,15 @@ def refresh_graphs(model: Any) -> Any:
     Returns:
         what ``model.refresh_graphs()`` returned.
     """
-    computed: list[Any] = []
-
-    def compute() -> tuple[Any, dict[str, Any]]:
-        computed.append(model.refresh_graphs())
-        parameters = model.other_parameter()
-        return computed[0], {name: value.cpu() for name, value in parameters.items()}
-
-    stats, graphs = from_first(compute)
-    if not computed:
+    rank, count = rank_and_count()
+    if count == 1:
+        return model.refresh_graphs()
+    stats, graphs = None, {}
+    if rank == 0:
+        stats = model.refresh_graphs()
+        graphs = {name: value.cpu() for name, value in model.other_parameter().items()}
+    stats, graphs = from_first((stats, graphs))
+    if rank != 0:
         model.load_other_parameter(graphs)
     return stats
 
@@ -105,10 +105,10 @@ def refresh_graphs(model: Any) -> Any:
 class SelfLoopCallback(Callback):
     """The self-loop of SLIF-MR: after an epoch, feed what the model learned back into its graphs.
 
-    Calls ``model.refresh_graphs()``, in the first of several processes, and logs edges, turnover and seconds. With ``interval: adaptive`` the gap between
-    refreshes doubles while the correlation graph stands still (turnover below ``low``), up to ``max_gap`` epochs, and
-    halves while it moves (above ``high``); a validation score that stalls for ``patience`` evaluations brings the next
-    refresh forward.
+    Calls ``model.refresh_graphs()``, in the first of several processes, and logs edges, turnover and seconds. With
+    ``interval: adaptive`` the gap between refreshes doubles while the correlation graph stands still (turnover below
+    ``low``), up to ``max_gap`` epochs, and halves while it moves (above ``high``); a validation score that stalls for
+    ``patience`` evaluations brings the next refresh forward.
 
     Args:
         first_epoch: index of the first epoch (from 0) that ends with a refresh.

@@ -380,23 +380,19 @@ def _of_one_process(config: Any) -> Any:
 def _save_checkpoint(self: Any, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
     """Save the state of the training; in a distributed run, the first process of each machine does, and all wait."""
     if self.config["single_spec"] or self.config["local_rank"] == 0:
-        _write_checkpoint(self, epoch, verbose, **kwargs)
+        path = os.fspath(kwargs.pop("saved_model_file", self.saved_model_file))
+        part = f"{path}.{secrets.token_hex(4)}.part"
+        try:
+            torch.save(self._checkpoint_state(epoch), part, pickle_protocol=2)
+            os.replace(part, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(part)
+            raise
+        if verbose:
+            self.logger.info(set_color("Saving current", "blue") + f": {path}")
     if not self.config["single_spec"]:
         torch.distributed.barrier()
-
-
-def _write_checkpoint(self: Any, epoch: int, verbose: bool, **kwargs: Any) -> None:
-    path = os.fspath(kwargs.pop("saved_model_file", self.saved_model_file))
-    part = f"{path}.{secrets.token_hex(4)}.part"
-    try:
-        torch.save(self._checkpoint_state(epoch), part, pickle_protocol=2)
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(part)
-        raise
-    if verbose:
-        self.logger.info(set_color("Saving current", "blue") + f": {path}")
 
 
 @_repair
@@ -598,8 +594,9 @@ def process_group() -> bool:
 def _join_process_group(config: Any) -> None:
     settings = config.final_config_dict
     n_processes, local_rank = settings["nproc"], settings["local_rank"]
-    ids = settings["gpu_id"] if "gpu_id" in config.external_config_dict else range(n_processes)
-    named = [gpu for gpu in ",".join(map(str, ids if isinstance(ids, (tuple, list, range)) else [ids])).split(",") if gpu]
+    given = config.external_config_dict.get("gpu_id", tuple(range(n_processes)))
+    listed = given if isinstance(given, (tuple, list)) else str(given).split(",")
+    named = [str(gpu) for gpu in listed if str(gpu)]
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(named)
     n_gpus = torch.cuda.device_count()
     if 0 < len(named) < n_processes and n_gpus:
@@ -629,12 +626,14 @@ def parallel_model() -> bool:
     `AbstractTrainer.__init__` names a GPU, which torch refuses for a model on the CPU, and has
     `DistributedDataParallel` send every buffer, all graphs among them, at every step; all processes have the same.
     Batch normalisation is synchronised between GPUs only. Only the first process writes for TensorBoard. Not needed
-    once RecBole sets `broadcast_buffers`.
+    once RecBole tells it to leave the buffers.
     """
     trainer: Any = importlib.import_module("recbole.trainer.trainer")
     init, get_tensorboard = trainer.AbstractTrainer.__init__, trainer.get_tensorboard
-    if "broadcast_buffers" in inspect.getsource(init):
+    if "local_rank" not in init.__code__.co_consts or "_buffers" in inspect.getsource(init):
         return False
+    known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
 
     @functools.wraps(init)
     def __init__(self: Any, config: Any, model: Any) -> None:
@@ -646,7 +645,7 @@ def parallel_model() -> bool:
             raise NotImplementedError(f"torch synchronises the batch normalisation of {config['model']} on GPUs only")
         self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         devices = None if device.type == "cpu" else [device.index]
-        self.distributed_model = trainer.DistributedDataParallel(self.model, devices, broadcast_buffers=False)
+        self.distributed_model = trainer.DistributedDataParallel(self.model, device_ids=devices, **{sync: False})
 
     trainer.AbstractTrainer.__init__ = __init__
     trainer.get_tensorboard = lambda logger: get_tensorboard(logger) if _is_first() else _NoBoard()

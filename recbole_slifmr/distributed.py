@@ -9,6 +9,7 @@ import pickle
 import signal
 import socket
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,21 +18,21 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tqdm import tqdm
 
 from recbole_slifmr.errors import DataError, ProcessError, SettingError
 
 T = TypeVar("T")
 
 
-def from_first(compute: Callable[[], T]) -> T:
-    """Return what ``compute`` gives in the first process, in all processes; without a process group, just call it.
+def rank_and_count() -> tuple[int, int]:
+    """Return the number of this process, from 0, and that of all; 0 and 1 without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    Args:
-        compute: called in the first process only. What it returns is pickled: keep its tensors on the CPU.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return compute()
-    held: list[Any] = [compute() if dist.get_rank() == 0 else None]
+
+def from_first(value: T) -> T:
+    """Return the value of the first process, in all of them; it is pickled: keep its tensors on the CPU."""
+    held: list[Any] = [value]
     dist.broadcast_object_list(held, src=0)
     return held[0]
 
@@ -60,6 +61,9 @@ def launch(function: Callable[..., T], arguments: Sequence[Any], n_processes: in
             codes = [process.exitcode for process in processes]
         finally:
             _end(processes)
+        for rank, code in enumerate(codes):
+            if code is not None and code < 0:  # before the failures of those that miss it
+                raise ProcessError(f"process {rank} of {n_processes} was killed by {signal.Signals(-code).name}")
         if (folder / "failure").exists():
             rank, error, line, trace = pickle.loads((folder / "failure").read_bytes())
             if error is None:
@@ -68,8 +72,7 @@ def launch(function: Callable[..., T], arguments: Sequence[Any], n_processes: in
             raise error
         for rank, code in enumerate(codes):
             if code:
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-                raise ProcessError(f"process {rank} of {n_processes} {how}")
+                raise ProcessError(f"process {rank} of {n_processes} ended with status {code}")
         return pickle.loads((folder / "result").read_bytes())
 
 
@@ -88,6 +91,7 @@ def _work(rank: int, folder: Path, n_processes: int, function: Callable[..., Any
     """Run in each process: call the function, leave its result or the first failure of all in the folder."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // n_processes))
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, which a sudden end leaves behind
     try:
         result = function(rank, (folder / "rendezvous").as_uri(), *arguments)
         if rank == 0:

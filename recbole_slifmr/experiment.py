@@ -17,7 +17,6 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import pandas as pd
-import torch
 import yaml
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation

@@ -192,7 +192,14 @@ BAD = {
     "missing checkpoint": (["--resume=no.pth"], "checkpoint no.pth not found"),
     "missing feature file": (["--modalities={text: no.npy}"], "no.npy not found"),
     "stray word": (["tiny2"], "tiny2"),
-    "nproc without GPUs": (["--nproc=64"], "--nproc=64 takes one GPU per process"),
+    "no process": (["--nproc=0"], "--nproc=0"),
+    "several machines without an address": (["--nproc=2", "--world_size=4"], "needs --ip and --port"),
+    "several processes for a model without gradients": (
+        ["--model=ItemKNN", "--nproc=2"],
+        "ItemKNN is not trained by gradients",
+    ),
+    "several processes that write one file": (["--save_dataset=True", "--nproc=2"], "save_dataset: RecBole reads"),
+    "several processes and a bad setting": (["--nproc=2", "--epochs=abc"], "epochs must be a whole number"),
 }
 
 
