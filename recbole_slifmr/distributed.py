@@ -27,7 +27,8 @@ T = TypeVar("T")
 
 def rank_and_count() -> tuple[int, int]:
     """Return the number of this process, from 0, and that of all; 0 and 1 without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 
 def from_first(value: T) -> T:
