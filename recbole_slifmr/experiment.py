@@ -281,8 +281,7 @@ def _start_log(config: Config) -> Path | None:
     """
     root = getLogger()
     if config["local_rank"] != 0:
-        root.addHandler(logging.NullHandler())
-        warnings.simplefilter("ignore")
+        root.addHandler(logging.NullHandler())  # without one, warnings would go to stderr
         return None
     for handler in _handlers:
         root.removeHandler(handler)
@@ -370,7 +369,7 @@ def _run_process(
     address: str | None,
 ) -> Result:
     """Run as one of the processes of :func:`run_distributed`."""
-    warnings.simplefilter("ignore", UnknownSettingWarning)  # the parent has raised or shown it
+    warnings.simplefilter("ignore", Warning if rank else UnknownSettingWarning)  # shown by the first, or the parent
     if address is None:
         stay_on_this_machine()
     return run(

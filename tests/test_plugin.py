@@ -238,7 +238,7 @@ def test_without_recbole_the_import_says_how_to_install_it(tmp_path):
 
 LAYERS = [
     {"errors", "paths"},
-    {"graph", "layers", "loss", "diagnostics", "compat", "report", "distributed"},
+    {"graph", "layers", "loss", "diagnostics", "compat", "report", "distributed", "memory"},
     {"encoder", "data"},
     {"model", "callback"},
     {"trainer"},
