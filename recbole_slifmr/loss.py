@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recbole_slifmr.layers import unit
+
 INTER_LOSSES = ("infonce", "cosine")
 INTRA_LOSSES = ("infonce", "alignment_uniformity")
 
@@ -57,9 +59,14 @@ def info_nce(query: Tensor, key: Tensor, mask: Tensor, temperature: float) -> Te
     Returns:
         the mean over the batch, a scalar; 0 for an empty batch.
     """
+    return _info_nce(unit(query), unit(key), mask, temperature)
+
+
+def _info_nce(query: Tensor, key: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """:func:`info_nce` of rows of unit length."""
     if len(query) == 0:
         return query.sum()
-    query, key = F.normalize(query, dim=1) / temperature, F.normalize(key, dim=1)
+    query = query / temperature
     positive = (query * key).sum(1)
     negative = _ProductLogSumExp.apply(query, key[: mask.shape[1]], mask)
     return F.softplus(negative - positive).mean()
@@ -106,7 +113,7 @@ def alignment_uniformity(query: Tensor, key: Tensor, n_negatives: int) -> Tensor
     """
     if len(query) == 0:
         return query.sum()
-    query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+    query, key = unit(query), unit(key)
     alignment = (query - key).pow(2).sum(1).mean()
     spread = [_uniformity(rows[:n_negatives]) for rows in (query, key)]
     return alignment + (spread[0] + spread[1]) / 2
@@ -135,7 +142,7 @@ def inter_modal_loss(
     Returns:
         the mean over the views, a scalar.
     """
-    benchmark = benchmark.detach()
+    views, benchmark = unit(views), unit(benchmark.detach())
     pairs = _pairs_by_view(views, [benchmark] * views.shape[1], mask, ids)
     if kind == "infonce":
         return _mean_info_nce(pairs, temperature, n_negatives)
@@ -159,7 +166,7 @@ def intra_modal_loss(
     Returns:
         the mean over the views, a scalar.
     """
-    pairs = _pairs_by_view(users, items.unbind(1), mask, ids)
+    pairs = _pairs_by_view(unit(users), unit(items).unbind(1), mask, ids)
     if kind == "infonce":
         return _mean_info_nce(pairs, temperature, n_negatives)
     return torch.stack([alignment_uniformity(user, item, n_negatives) for user, item, _ in pairs]).mean()
@@ -185,7 +192,7 @@ def _mean_info_nce(pairs: Sequence[tuple[Tensor, Tensor, Tensor]], temperature: 
     for _, _, ids in pairs:
         if id(ids) not in masks:
             masks[id(ids)] = collision_mask(ids, n_negatives)
-    return torch.stack([info_nce(query, key, masks[id(ids)], temperature) for query, key, ids in pairs]).mean()
+    return torch.stack([_info_nce(query, key, masks[id(ids)], temperature) for query, key, ids in pairs]).mean()
 
 
 def l2_loss(*embeddings: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from recbole_slifmr.layers import FUSIONS, Fusion, light_propagation
+from recbole_slifmr.layers import FUSIONS, Fusion, light_propagation, unit
 
 
 def test_light_propagation_averages_the_layers():
@@ -66,3 +66,10 @@ def test_weights_add_up_to_one_over_the_views_present(kind):
 def test_an_unknown_fusion_is_refused():
     with pytest.raises(ValueError, match="fusion must be one of attention, sum, concat"):
         Fusion("maximum", 2, 3)
+
+
+def test_unit_equals_normalize_forward_and_backward():
+    rows = torch.randn(3, 2, 4, dtype=torch.float64)
+    rows[1, 0] = 0
+    torch.testing.assert_close(unit(rows), torch.nn.functional.normalize(rows, dim=2))
+    assert torch.autograd.gradcheck(unit, rows[0].clone().requires_grad_())

@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from recbole.model.init import xavier_uniform_initialization
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from recbole_slifmr.diagnostics import homogenisation, smoothing
 from recbole_slifmr.encoder import RELATION_WEIGHTS, FeatureEncoder, InteractionEncoder, KnowledgeEncoder
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.graph import Edges, edge_turnover, knn_graph, normalize_symmetric
-from recbole_slifmr.layers import FUSIONS, Fusion
+from recbole_slifmr.layers import FUSIONS, Fusion, unit
 from recbole_slifmr.loss import (
     INTER_LOSSES,
     INTRA_LOSSES,
@@ -183,7 +182,7 @@ class SLIFMR(EmbeddingRecommender):
 
     def fuse(self, fusion: Fusion, views: Tensor, mask: Tensor) -> Tensor:
         """Fuse ``views [n, V, d]`` into ``z [n, d]``, with the interaction view as residual if so set."""
-        fused = fusion(F.normalize(views, dim=2) if self.normalize_views else views, mask)
+        fused = fusion(unit(views) if self.normalize_views else views, mask)
         return fused + views[:, 0] if self.fusion_residual else fused
 
     def forward(self) -> tuple[Tensor, Tensor]:
