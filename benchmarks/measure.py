@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
@@ -85,16 +86,25 @@ def measure(job: Job) -> dict[str, Any]:
     Raises:
         DataError, SettingError: for data or settings that cannot be used.
     """
-    torch.set_num_threads(job.threads)
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore", module="recbole")  # deprecations of pandas and torch
-    with tempfile.TemporaryDirectory(prefix="slifmr-benchmark-") as folder:
-        before = Path.cwd()
-        os.chdir(folder)  # RecBole writes log, log_tensorboard and saved there
+    with scratch(job.threads):
+        return _measure(job)
+
+
+@contextmanager
+def scratch(threads: int) -> Iterator[None]:
+    """Work in a temporary folder, where RecBole leaves its logs, without messages and with so many threads of torch."""
+    folder, level, before = Path.cwd(), logging.root.manager.disable, torch.get_num_threads()
+    with tempfile.TemporaryDirectory(prefix="slifmr-benchmark-") as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="recbole")  # deprecations of pandas and torch
+        logging.disable(logging.WARNING)
+        torch.set_num_threads(threads)
+        os.chdir(temporary)
         try:
-            return _measure(job)
+            yield
         finally:
-            os.chdir(before)
+            os.chdir(folder)
+            torch.set_num_threads(before)
+            logging.disable(level)
 
 
 def _measure(job: Job) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,11 +39,13 @@ COLUMNS = {
 }
 
 
-def _names(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+def parse_names(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    """Split ``a,b``."""
     return [name.strip() for name in value.split(",") if name.strip()]
 
 
-def _settings(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, Any]:
+def parse_settings(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, Any]:
+    """Turn each ``name=value`` into an entry; values are YAML."""
     settings = {}
     for value in values:
         name, equals, text = value.partition("=")
@@ -55,30 +56,29 @@ def _settings(context: click.Context, parameter: click.Parameter, values: Sequen
 
 
 @click.command()
-@click.option("--preset", "presets", default="ml-100k,amazon-book", show_default=True, callback=_names,
+@click.option("--preset", "presets", default="ml-100k,amazon-book", show_default=True, callback=parse_names,
               help=f"Any of {', '.join(PRESETS)}, or the name of a data set's folder.")  # fmt: skip
-@click.option("--models", default="LightGCN,KGAT,LATTICE,SLIFMR", show_default=True, callback=_names)
+@click.option("--models", default="LightGCN,KGAT,LATTICE,SLIFMR", show_default=True, callback=parse_names)
 @click.option("--data_path", default=None, help="Folder of the data sets that are no preset.")
 @click.option("--data_dir", default=str(OUTPUT / "data"), help="Where synthetic data sets are kept.")
 @click.option("--seed", default=0, show_default=True, help="Of the synthetic data.")
 @click.option("--steps", default=20, show_default=True, help="Training steps to time; longer epochs are scaled up.")
 @click.option("--eval_batches", default=50, show_default=True, help="Evaluation batches to time, likewise.")
-@click.option("--eval_batch_sizes", default="", callback=_names, help="More eval_batch_size to evaluate with.")
+@click.option("--eval_batch_sizes", default="", callback=parse_names, help="More eval_batch_size to evaluate with.")
 @click.option("--repeats", default=1, show_default=True, help="Rounds over all models; the medians are reported.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
-@click.option("--set", "settings", multiple=True, callback=_settings, help="A setting of every model, name=value.")
+@click.option("--set", "settings", multiple=True, callback=parse_settings, help="A setting of every model, name=value.")
 @click.option("--out", default=str(OUTPUT / "speed.json"), show_default=True, help="The file of results.")
 def main(
     presets: list[str], models: list[str], data_path: str | None, data_dir: str, seed: int, steps: int,
     eval_batches: int, eval_batch_sizes: list[str], repeats: int, threads: int, settings: dict[str, Any], out: str,
 ) -> None:  # fmt: skip
     """Measure each model on each data set in a process of its own; print tables and a JSON line per result."""
-    os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))  # of the processes to come
     from benchmarks.measure import Job
 
     jobs = []
     for preset in presets:
-        path = data_path
+        path = data_path and str(Path(data_path).resolve())
         if preset in PRESETS:
             path = str(ensure(f"synthetic-{preset}", PRESETS[preset], data_dir, seed).parent.resolve())
         name = f"synthetic-{preset}" if preset in PRESETS else preset
@@ -107,18 +107,22 @@ def main(
         sys.exit(1)
 
 
+def in_new_process(function: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str, Any]:
+    """Return what a function returns in a new process, or ``{"error": one line}``."""
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(function, argument).result()
+    except BrokenProcessPool:
+        return {"error": "the process was killed: out of memory?"}
+    except Exception as raised:  # whatever a model raises: the others go on
+        return {"error": " ".join(f"{type(raised).__name__}: {raised}".split())}
+
+
 def run_job(job: Any) -> dict[str, Any]:
     """Measure a job in a new process; return its result, or preset, model and ``error``."""
     from benchmarks.measure import measure
 
-    try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(measure, job).result()
-    except BrokenProcessPool:
-        error = "the process was killed: out of memory?"
-    except Exception as raised:  # of whatever a model raises; the other models go on
-        error = " ".join(f"{type(raised).__name__}: {raised}".split())
-    return {"preset": job.preset, "model": job.model, "settings": asdict(job)["settings"], "error": error}
+    return {"preset": job.preset, "model": job.model, **in_new_process(measure, job)}
 
 
 def combine(runs: Sequence[Any]) -> Any:
@@ -255,10 +259,11 @@ def _show_phases(preset: str, results: Sequence[Mapping[str, Any]], console: Con
             empty = [""] * len(COLUMNS)
             table.add_row("  floor", *empty, _seconds(epoch), "")
             table.add_row("  bandwidth bound", *empty, _seconds(bound), "")
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     for result in results:
         if "error" in result:
-            console.print(f"{result['model']}: {result['error']}", markup=False)
+            console.print(f"{preset}, {result['model']}: {result['error']}", markup=False)
     if any(result.get("scaled", {}).get(name) for result in results for name in ("epoch", "evaluation")):
         console.print("* scaled up from fewer batches")
 

@@ -105,7 +105,7 @@ def interactions(counts: Counts, rng: np.random.Generator) -> np.ndarray:
     """Return unique pairs of user and item in random order, ``[interactions, 2]``."""
     n_users, n_items = counts.users, counts.items
     user, item = _sampler(n_users, SLOPES["user"], rng), _sampler(n_items, SLOPES["item"], rng)
-    floor = min(USER_FLOOR, counts.interactions // (2 * n_users))
+    floor = max(1, min(USER_FLOOR, counts.interactions // (2 * n_users)))
     users = np.concatenate([np.repeat(np.arange(n_users), floor), user(n_items)])
     items = np.concatenate([item(floor * n_users), np.arange(n_items)])
     keys = _unique(counts.interactions, users * n_items + items, lambda size: user(size) * n_items + item(size), rng)
