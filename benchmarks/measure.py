@@ -235,7 +235,7 @@ def _steps(
         with torch.autocast(device_type=device.type, enabled=trainer.enable_amp):
             losses = loss_function(batch)
         terms = losses if isinstance(losses, tuple) else (losses,)
-        loss = sum(terms)
+        loss: Any = sum(terms)
         for term in terms:
             term.item()
         times.append(clock())

@@ -230,11 +230,13 @@ def test_exponents_are_the_slopes_of_the_series():
     assert run.exponents(results[:1]) == {}
 
 
-def test_repeated_results_become_medians():
+def test_of_repeated_results_the_least_figures_count():
+    phases = [{"refresh": None, "data": value} for value in (3.0, 9.0, 2.0)]
     runs = [
-        {"model": "M", "epoch": value, "phases": {"refresh": None, "data": value}, "n": 7} for value in (1.0, 9.0, 2.0)
+        {"model": "M", "epoch": value, "phases": row, "n": 7}
+        for value, row in zip((5.0, 1.0, 6.0), phases, strict=True)
     ]
-    assert run.combine(runs) == {"model": "M", "epoch": 2.0, "phases": {"refresh": None, "data": 2.0}, "n": 7}
+    assert run.combine(runs) == {"model": "M", "epoch": 1.0, "phases": {"refresh": None, "data": 2.0}, "n": 7}
     assert run.combine([runs[0], {"model": "M", "error": "x"}]) == {"model": "M", "error": "x"}
 
 
