@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import psutil
 import torch
 from recbole.data import create_dataset, data_preparation
 from recbole.data.dataloader import FullSortEvalDataLoader, KnowledgeBasedDataLoader
@@ -81,13 +82,26 @@ def measure(job: Job) -> dict[str, Any]:
     ``phases``: ``data`` (files to data set), ``loaders`` (split, samplers, loaders), ``graph`` (the model's
     construction); of a training epoch ``sampling``, ``forward``, ``backward``, ``optimiser`` (with zero_grad);
     ``refresh`` (what the model does to its graphs once an epoch, None if nothing), ``diagnostics`` (likewise),
-    ``evaluation`` (full ranking of the validation split). ``epoch`` is all that an epoch takes without evaluation.
+    ``evaluation`` (full ranking of the validation split). ``epoch`` is all that an epoch takes without evaluation,
+    ``others_cpu`` the share of the machine's CPU time that other processes took meanwhile.
 
     Raises:
         DataError, SettingError: for data or settings that cannot be used.
     """
     with scratch(job.threads):
-        return _measure(job)
+        before = _cpu_seconds()
+        result = _measure(job)
+        own, all_of_them, there = (b - a for a, b in zip(before, _cpu_seconds(), strict=True))
+        result["others_cpu"] = max(all_of_them - own, 0.0) / max(there, 1e-9)
+        return result
+
+
+def _cpu_seconds() -> tuple[float, float, float]:
+    """Return the CPU seconds that this process has used, that all have used, and that there were."""
+    machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    idle = machine.idle + getattr(machine, "iowait", 0.0)
+    there = sum(getattr(machine, name, 0.0) for name in ("user", "nice", "system", "idle", "iowait", "irq", "softirq"))
+    return own.user + own.system, there - idle, there
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from benchmarks.synthetic import PRESETS, ensure
 
 OUTPUT = Path(__file__).parent / "out"
 SERIES = ("1x", "2x", "4x", "8x")
+DISTURBED = 0.1  # share of the CPU time that others took
 COLUMNS = {
     "data": "data set",
     "loaders": "loaders",
@@ -269,6 +270,10 @@ def _show_phases(preset: str, results: Sequence[Mapping[str, Any]], console: Con
             console.print(f"{preset}, {result['model']}: {result['error']}", markup=False)
     if any(result.get("scaled", {}).get(name) for result in results for name in ("epoch", "evaluation")):
         console.print("* scaled up from fewer batches")
+    for result in results:
+        if result.get("others_cpu", 0.0) > DISTURBED:
+            share = f"{result['others_cpu']:.0%}"
+            console.print(f"{result['model']}: other processes took {share} of the CPU time: its times are too long")
 
 
 def _seconds(value: float | None) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from benchmarks import quality, run, synthetic
 from benchmarks.measure import Job
@@ -191,6 +192,14 @@ def test_ratios_and_tables(report):
     assert {"epoch / LightGCN", "epoch / LATTICE", "epoch / bandwidth bound", "refresh / epoch"} <= set(ratios)
     for word in (*MODELS, "floor", "bandwidth bound", "scaled up from fewer batches", "SLIFMR on tiny: epoch /"):
         assert word in report["printed"]
+
+
+def test_a_disturbed_measurement_is_pointed_out(report):
+    assert all(0 <= of(report, model)["others_cpu"] <= 1 for model in MODELS)
+    console = Console(record=True, width=160)
+    results = [{**result, "others_cpu": 0.43} for result in report["results"] if "error" not in result]
+    run.show({**report, "results": results}, console)
+    assert "KGAT: other processes took 43% of the CPU time" in console.export_text()
 
 
 def test_a_model_that_fails_is_named_and_the_others_go_on(report):
