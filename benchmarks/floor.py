@@ -12,7 +12,6 @@ bandwidth of a copy. Rows that are still in the cache come cheaper, so that a sm
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -122,23 +121,23 @@ def _seconds(product: Product, device: torch.device, timer: Timer) -> float:
     def run() -> None:
         torch.autograd.grad(product.matrix.multiply(dense), dense, grad)
 
-    return _median(run, timer)
+    return _least(run, timer)
 
 
 def _optimiser_seconds(model: Any, timer: Timer) -> float:
     copies = [torch.zeros_like(p, requires_grad=True) for p in model.parameters() if p.requires_grad]
     for copy in copies:
         copy.grad = torch.ones_like(copy)
-    return _median(torch.optim.Adam(copies).step, timer)
+    return _least(torch.optim.Adam(copies).step, timer)
 
 
 def copy_bandwidth(device: torch.device, timer: Timer) -> float:
     """Return the bytes per second, read and written, of a large copy."""
     source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * COPIED / _median(lambda: target.copy_(source), timer)
+    return 2 * COPIED / _least(lambda: target.copy_(source), timer)
 
 
-def _median(function: Callable[[], Any], timer: Timer) -> float:
+def _least(function: Callable[[], Any], timer: Timer) -> float:
     function()
-    return statistics.median(timer(function)[0] for _ in range(REPEATS))
+    return min(timer(function)[0] for _ in range(REPEATS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -195,7 +194,7 @@ def _train(trainer: Any, train: Any, clock: Clock, n_steps: int) -> Epoch:
     rebuild = None
     for name, rows in _run_parts(trainer, train, parts, clock, n_steps).items():
         batches[name] = len(_in_state(train, parts[name][0]))
-        typical = [statistics.median(column) for column in zip(*(rows[1:] or rows), strict=True)]
+        typical = [min(column) for column in zip(*(rows[1:] or rows), strict=True)]
         extra = [max(seconds - usual, 0.0) for seconds, usual in zip(rows[0], typical, strict=True)]  # of the first
         if batches[name] <= n_steps:
             total = [sum(column) for column in zip(*rows, strict=True)]
