@@ -1,9 +1,12 @@
 """What an epoch of SLIFMR cannot take less than: the sparse products of the plain formula, and the optimiser's step.
 
-Per training step, forward and backward: the interaction graph (``n_layers`` products of width d), the users' means (one
-of width d per view but the first), each modality's graph (``feature_n_layers``), the knowledge graph
+Per training step, forward and backward: the interaction graph (``n_layers`` products of width d, its blocks apart), the
+users' means (one of width d per view but the first), each modality's graph (``feature_n_layers``), the knowledge graph
 (``kg_n_layers``, over all its edges), all with the correlation graph of the last refresh; then Adam over all
 parameters. Losses, fusion, projections and the gradient of the relation weights are left out.
+
+The strict floor leaves out what linearity lets one do ahead (the modalities' products and means) and the rows of the
+knowledge graph's last layer that are no items.
 
 The bound by memory bandwidth counts, per product, ``nnz * (4 d + 8)`` bytes read (a row of the dense matrix, an index
 and a value for every entry) and ``4 d * rows`` bytes written, and 28 bytes per parameter for Adam, over the measured
@@ -26,12 +29,21 @@ Timer = Callable[[Callable[[], Any]], tuple[float, Any]]
 
 
 class Product(NamedTuple):
-    """A sparse product that a step needs: which part asks for it, the matrix, the width and how many times."""
+    """A sparse product, forward and backward, that a step needs.
+
+    Attributes:
+        part: which part of the model asks for it.
+        matrix: the matrix.
+        width: columns of the dense matrix.
+        times: how often a step needs it by the plain formula.
+        strictly: how often it needs it in any case.
+    """
 
     part: str
     matrix: SparseMatrix
     width: int
     times: int
+    strictly: int
 
     def n_bytes(self) -> int:
         """Return the bytes that forward and backward move."""
@@ -52,18 +64,25 @@ def measure(model: Any, dataset: Any, config: Any, n_batches: int, timer: Timer)
     device = model.device
     needed = products(dataset, config, model.other_parameter()["feedback_index"].to(device), device)
     parts: dict[str, float] = {}
+    nnz: dict[str, int] = {}
+    strict = optimiser = _optimiser_seconds(model, timer)
     for product in needed:
-        parts[product.part] = parts.get(product.part, 0.0) + product.times * _seconds(product, device, timer)
-    parts["optimiser"] = _optimiser_seconds(model, timer)
+        seconds = _seconds(product, device, timer)
+        strict += product.strictly * seconds
+        if product.times:
+            parts[product.part] = parts.get(product.part, 0.0) + product.times * seconds
+            nnz[product.part] = nnz.get(product.part, 0) + product.matrix.nnz
+    step = sum(parts.values()) + optimiser
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     bandwidth = copy_bandwidth(device, timer)
     bound = (sum(product.n_bytes() for product in needed) + 28 * parameters) / bandwidth
-    step = sum(parts.values())
     return {
-        "parts": parts,
-        "nnz": {product.part: product.matrix.nnz for product in needed},
+        "parts": {**parts, "optimiser": optimiser},
+        "nnz": nnz,
         "step": step,
         "epoch": step * n_batches,
+        "strict_step": strict,
+        "strict_epoch": strict * n_batches,
         "bandwidth_gb_s": bandwidth / 1e9,
         "bound_step": bound,
         "bound_epoch": bound * n_batches,
@@ -75,23 +94,26 @@ def products(dataset: Any, config: Any, feedback: Tensor, device: torch.device) 
     n_users, n_items, size = dataset.user_num, dataset.item_num, config["embedding_size"]
     pairs = torch.stack([dataset.inter_feat[dataset.uid_field], dataset.inter_feat[dataset.iid_field]]).to(device)
     pairs = unique_edges(pairs, n_items)
-    user, item = pairs[0], pairs[1] + n_users
-    both_ways = [torch.stack([user, item]), torch.stack([item, user])]
-    views = len(dataset.item_features) + (len(dataset.triples) > 0)
-    needed = [Product("interaction", _matrix([*both_ways, feedback + n_users], n_users + n_items), size,
-                      config["n_layers"])]  # fmt: skip
-    if views:
-        means = SparseMatrix(Edges(pairs, torch.ones(pairs.shape[1], device=device)), (n_users, n_items))
-        needed.append(Product("user_means", means, size * views, 1))
+    interactions = SparseMatrix(Edges(pairs, torch.ones(pairs.shape[1], device=device)), (n_users, n_items))
+    has_kg, n_layers = len(dataset.triples) > 0, config["n_layers"]
+    needed = [
+        Product("interaction", interactions, size, 2 * n_layers, 2 * n_layers),  # to the users and to the items
+        Product("interaction", _matrix([feedback], n_items), size, n_layers, n_layers),
+        Product("user_means", interactions, size, len(dataset.item_features) + has_kg, int(has_kg)),
+    ]
     for name, features in dataset.item_features.items():
         nearest = knn_graph(features.values.to(device), config["knn_k"], features.mask.to(device))
         graph = _matrix([unique_edges(torch.cat([nearest, feedback], dim=1), n_items)], n_items)
-        needed.append(Product(name, graph, size, config["feature_n_layers"]))
-    if len(dataset.triples):
+        needed.append(Product(name, graph, size, config["feature_n_layers"], 0))
+    if has_kg and config["kg_n_layers"]:
         links, n_nodes = _kg_links(dataset, config["kg_min_degree"])
         links = links.to(device)
-        needed.append(Product("kg", _matrix([links, links.flip(0), feedback], n_nodes), size, config["kg_n_layers"]))
-    return [product for product in needed if product.times]
+        edges = torch.cat([links, links.flip(0), feedback], dim=1)
+        of_items = edges[:, edges[0] < n_items]
+        last = SparseMatrix(Edges(of_items, torch.ones(of_items.shape[1], device=device)), (n_items, n_nodes))
+        needed.append(Product("kg", _matrix([edges], n_nodes), size, config["kg_n_layers"], config["kg_n_layers"] - 1))
+        needed.append(Product("kg", last, size, 0, 1))
+    return [product for product in needed if product.times or product.strictly]
 
 
 def _matrix(index: list[Tensor], n: int) -> SparseMatrix:
@@ -128,7 +150,7 @@ def _optimiser_seconds(model: Any, timer: Timer) -> float:
     copies = [torch.zeros_like(p, requires_grad=True) for p in model.parameters() if p.requires_grad]
     for copy in copies:
         copy.grad = torch.ones_like(copy)
-    return _least(torch.optim.Adam(copies).step, timer)
+    return _least(torch.optim.Adam(copies, fused=True).step, timer)
 
 
 def copy_bandwidth(device: torch.device, timer: Timer) -> float:

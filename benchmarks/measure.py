@@ -186,7 +186,8 @@ def _parts(trainer: Any, train: Any) -> dict[str, tuple[Any, Callable[..., Any]]
 
 
 def _train(trainer: Any, train: Any, clock: Clock, n_steps: int) -> Epoch:
-    model = trainer.model
+    model, trainer.epochs = trainer.model, 0
+    trainer.fit(train, saved=False)  # no epoch: only what comes before the first
     phases: dict[str, float | None] = dict.fromkeys(STEP_PHASES, 0.0)
     parts, batches = _parts(trainer, train), {}
     _run_parts(trainer, train, parts, clock, WARM_UP)

@@ -150,6 +150,7 @@ def ratios(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {
         **{f"epoch / {model}": epoch / other for model, other in epochs.items() if model != "SLIFMR"},
         "epoch / floor": epoch / floor["epoch"],
+        "epoch / strict floor": epoch / floor["strict_epoch"],
         "epoch / bandwidth bound": epoch / floor["bound_epoch"],
         "refresh / epoch": slifmr["phases"]["refresh"] / epoch,
         "evaluation / epoch": slifmr["phases"]["evaluation"] / epoch,
@@ -259,10 +260,12 @@ def _show_phases(preset: str, results: Sequence[Mapping[str, Any]], console: Con
             cells.append(_seconds(result["phases"][phase]) + ("*" if scaled else ""))
         table.add_row(result["model"], *cells, _seconds(result["epoch"]) + mark, f"{result['peak_memory_mb']:,.0f}")
         if "floor" in result:
-            epoch, bound = result["floor"]["epoch"], result["floor"]["bound_epoch"]
-            empty = [""] * len(COLUMNS)
-            table.add_row("  floor", *empty, _seconds(epoch), "")
-            table.add_row("  bandwidth bound", *empty, _seconds(bound), "")
+            for title, name in (
+                ("floor", "epoch"),
+                ("strict floor", "strict_epoch"),
+                ("bandwidth bound", "bound_epoch"),
+            ):
+                table.add_row(f"  {title}", *[""] * len(COLUMNS), _seconds(result["floor"][name]), "")
     if table.row_count:
         console.print(table)
     for result in results:
