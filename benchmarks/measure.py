@@ -280,10 +280,10 @@ class _FirstBatches(FullSortEvalDataLoader):
     """The first batches of a full-ranking loader."""
 
     def __init__(self, loader: Any, n_batches: int) -> None:
-        self.__dict__.update(_loader=loader, _dataset=loader._dataset, _n_batches=n_batches)
+        self.__dict__.update(loader.__dict__, _n_batches=n_batches)
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self._loader), self._n_batches)
+        return islice(super().__iter__(), self._n_batches)
 
     def __len__(self) -> int:
         return self._n_batches

@@ -137,7 +137,7 @@ def report(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "in_new_process", in_this_process)
         outcome = CliRunner().invoke(run.main, arguments)
-    assert outcome.exit_code == 1, "one model failed"
+    assert isinstance(outcome.exception, SystemExit) and outcome.exit_code == 1, outcome.output  # one model failed
     return {**json.loads((folder / "speed.json").read_text()), "printed": outcome.output}
 
 
