@@ -169,6 +169,7 @@ class SelfLoopCallback(Callback):
         self.next_epoch = epoch + self.gap
         getLogger().info(
             f"epoch {epoch} refresh: {stats.edges} edges, turnover {stats.turnover:.3f}, {seconds:.2f}s"
+            + (f", recall of neighbours {stats.recall:.3f}" if stats.recall < 1 else "")
             + (f", next after epoch {self.next_epoch}" if self.adaptive else "")
         )
         for name, value in (("edges", stats.edges), ("turnover", stats.turnover), ("seconds", seconds)):

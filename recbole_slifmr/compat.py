@@ -266,13 +266,13 @@ def _scatter_softmax(src: torch.Tensor, index: torch.Tensor, dim: int) -> torch.
 
 @_repair
 def ncl_clustering() -> bool:
-    """Cluster the embeddings of NCL (`ncl.py`) with scikit-learn where faiss is missing.
+    """Cluster the embeddings of NCL (`ncl.py`) with scikit-learn in place of faiss.
 
     NCL asks faiss for a GPU, and faiss refuses more clusters than points, as in ml-100k with the default of
     1000 (#1957); here each point is then a cluster. As in faiss, a fixed seed draws the first centroids from
-    the points and 25 rounds follow. Not needed where faiss imports, or once `run_kmeans` does not import it.
+    the points and 25 rounds follow. Not needed once `run_kmeans` does not import faiss.
     """
-    if not _refers_to(general.NCL.run_kmeans, "faiss") or _importable("faiss"):
+    if not _refers_to(general.NCL.run_kmeans, "faiss"):
         return False
     general.NCL.run_kmeans = _run_kmeans
     return True

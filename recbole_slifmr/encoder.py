@@ -137,6 +137,7 @@ class FeatureEncoder(nn.Module):
         knn_k: neighbours in the initial item graph.
         n_layers: number of layers.
         gate: whether to gate by the ID embedding.
+        search: how the neighbours are found, see ``graph.knn_graph``.
     """
 
     features: Tensor
@@ -145,13 +146,20 @@ class FeatureEncoder(nn.Module):
     user_features: Tensor | None
 
     def __init__(
-        self, features: Tensor, mask: Tensor, size: int, knn_k: int, n_layers: int, gate: bool = False
+        self,
+        features: Tensor,
+        mask: Tensor,
+        size: int,
+        knn_k: int,
+        n_layers: int,
+        gate: bool = False,
+        search: str = "exact",
     ) -> None:
         super().__init__()
         self.n_items, self.n_layers = features.shape[0], n_layers
         self.register_buffer("mask", mask & (features.norm(dim=1) > 0), persistent=False)
         self.register_buffer("features", F.normalize(features, dim=1) * self.mask.unsqueeze(1), persistent=False)
-        initial = normalized_knn(features, knn_k, self.mask)
+        initial = normalized_knn(features, knn_k, self.mask, search)
         self.graph = SparseMatrix(initial, (self.n_items, self.n_items), symmetric=True)
         self.projection = nn.Linear(features.shape[1], size, bias=False)
         self.gate = nn.Linear(size, size) if gate else None

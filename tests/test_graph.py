@@ -12,6 +12,7 @@ from recbole_slifmr.graph import (
     edge_turnover,
     empty_edges,
     knn_graph,
+    knn_recall,
     normalize_symmetric,
     normalized_knn,
     sample_interactions,
@@ -115,6 +116,29 @@ def test_normalized_knn_by_hand():
     edges = normalized_knn(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), 1)
     # a path 0 - 1 - 2: degrees 1, 2, 1
     torch.testing.assert_close(edges.edge_weight, torch.full((4,), 1 / math.sqrt(2)))
+
+
+@pytest.mark.parametrize("n, masked", [(3000, True), (30, False)])
+def test_the_approximate_search_finds_nearly_all_neighbours(n, masked):
+    pytest.importorskip("faiss")
+    torch.manual_seed(0)
+    features = torch.randn(20, 8)[torch.randint(0, 20, (n,))] + 0.5 * torch.randn(n, 8)
+    mask = torch.arange(n) % 3 > 0 if masked else None
+    exact = knn_graph(features, 5, mask)
+    found = knn_graph(features, 5, mask, search="approximate")
+    assert knn_recall(features, exact, 5, mask) == 1.0
+    recall = knn_recall(features, found, 5, mask)
+    assert recall > 0.9
+    half = exact[:, torch.rand(exact.shape[1]) < 0.5]
+    assert knn_recall(features, half, 5, mask) == pytest.approx(0.5, abs=0.06 if n > 100 else 0.2)
+    assert (found[0] != found[1]).all() and (mask is None or mask[found].all())
+    both = torch.cat([found, found.flip(0)], dim=1).unique(dim=1)
+    assert torch.equal(both, found), "undirected, sorted, unique"
+
+
+def test_an_unknown_search_is_refused():
+    with pytest.raises(ValueError, match="search must be one of exact, approximate"):
+        knn_graph(torch.randn(4, 2), 1, search="fast")
 
 
 # -- blending and turnover -------------------------------------------------------------------------------------------

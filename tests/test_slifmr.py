@@ -1,5 +1,7 @@
 """SLIFMR's own behaviour; what it shares with the other models is in test_contract.py."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from conftest import all_scores, batch_of
 
 from recbole_slifmr import loss
+from recbole_slifmr.errors import SettingError
 from recbole_slifmr.graph import knn_graph
 from recbole_slifmr.paths import ROOT
 
@@ -52,6 +55,7 @@ SWITCHES = [
     {"refresh_interval": "adaptive", "refresh_first_epoch": 1},
     {"self_loop": False},
     {"enable_amp": True},
+    {"knn_search": "approximate"},
     {"n_layers": 0, "feature_n_layers": 0, "kg_n_layers": 0},
     EVERYTHING,
 ]
@@ -280,6 +284,12 @@ def test_pruning_is_redrawn_and_spares_evaluation(tiny, build):
     assert not torch.equal(run.model.interaction_encoder.kept, first)
     run.model.prune_interactions(1)
     assert torch.equal(run.model.interaction_encoder.kept, first)
+
+
+def test_the_approximate_search_without_faiss_is_refused_and_says_what_to_install(tiny, build, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(SettingError, match="knn_search: approximate needs FAISS: pip install faiss-cpu"):
+        build(tiny, knn_search="approximate")
 
 
 # -- prediction and diagnostics ------------------------------------------------------------------------------

@@ -7,11 +7,14 @@ users and items as RecBole's plain ``Dataset`` does.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import recbole.data.dataset.dataset
 import torch
 from recbole.data.dataset import KnowledgeBasedDataset
 from recbole.utils import FeatureSource, FeatureType, ModelType
@@ -21,6 +24,29 @@ from recbole_slifmr.data import ml100k
 from recbole_slifmr.data.features import ItemFeatures, ItemFile, find_modalities, load_features
 from recbole_slifmr.errors import DataError
 from recbole_slifmr.paths import find_feature_folder
+
+
+class _PandasWithCParser:
+    """pandas, but ``read_csv`` takes the C parser whatever it is asked for; numbers are the same."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(pd, name)
+
+    @staticmethod
+    def read_csv(*args: Any, **kwargs: Any) -> pd.DataFrame:
+        return pd.read_csv(*args, **{**kwargs, "engine": "c", "float_precision": "round_trip"})
+
+
+@contextmanager
+def _c_parser(separator: str) -> Iterator[None]:
+    """Have RecBole read files with the C parser, about eight times as fast; it knows separators of one character."""
+    original = recbole.data.dataset.dataset.pd
+    try:
+        if len(separator) == 1:
+            recbole.data.dataset.dataset.pd = _PandasWithCParser()
+        yield
+    finally:
+        recbole.data.dataset.dataset.pd = original
 
 
 class SLIFMRDataset(KnowledgeBasedDataset):
@@ -77,7 +103,8 @@ class SLIFMRDataset(KnowledgeBasedDataset):
     def _load_feat(self, filepath: str, source: Any) -> pd.DataFrame | None:
         self._check_header(Path(filepath), source)
         try:
-            frame = super()._load_feat(filepath, source)
+            with _c_parser(self.config["field_separator"]):
+                frame = super()._load_feat(filepath, source)
         except (ValueError, TypeError) as error:  # pandas' parser errors are ValueErrors
             raise DataError(f"{filepath} cannot be read: {' '.join(str(error).split())}") from error
         contents = {FeatureSource.INTERACTION: "interactions", FeatureSource.KG: "triples", "link": "links"}

@@ -22,7 +22,7 @@ normalises their sum). Features stay fixed (the code fine-tunes them).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,9 +48,15 @@ def similarity_graph(features: Tensor, k: int, mask: Tensor) -> Edges:
     """
     index = knn_graph(features.detach(), k, mask)
     unit = F.normalize(features, dim=1)
-    cosine = (unit.index_select(0, index[0]) * unit.index_select(0, index[1])).sum(1)
+    cosine = torch.cat(  # in parts: the rows of all edges at once are many times the features
+        [(unit.index_select(0, row) * unit.index_select(0, col)).sum(1) for row, col in _parts(index)]
+    )
     n = features.shape[0]
     return Edges(index, normalize_symmetric(index, cosine.clamp(min=0), (n, n)))
+
+
+def _parts(edge_index: Tensor, size: int = 65536) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(edge_index[0].split(size), edge_index[1].split(size), strict=True)
 
 
 class ModalityGraph(FeatureProjection):

@@ -15,6 +15,7 @@ Where the paper leaves a choice open, ``docs/method.md`` says what was chosen an
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from recbole_slifmr.diagnostics import homogenisation, smoothing
 from recbole_slifmr.encoder import RELATION_WEIGHTS, FeatureEncoder, InteractionEncoder, KnowledgeEncoder
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.graph import Edges, edge_turnover, knn_graph, normalize_symmetric
+from recbole_slifmr.graph import KNN_SEARCHES, Edges, edge_turnover, knn_graph, knn_recall, normalize_symmetric
 from recbole_slifmr.layers import FUSIONS, Fusion, unit
 from recbole_slifmr.loss import (
     INTER_LOSSES,
@@ -56,10 +57,17 @@ class Views(NamedTuple):
 
 
 class RefreshStats(NamedTuple):
-    """What a refresh did: edges of the correlation graph, and the share of them that the last one did not have."""
+    """What a refresh did.
+
+    Attributes:
+        edges: edges of the correlation graph.
+        turnover: the share of them that the last one did not have.
+        recall: the share of the exact nearest neighbours that it has, of a sample of the items; 1 for an exact search.
+    """
 
     edges: int
     turnover: float
+    recall: float
 
 
 class SLIFMR(EmbeddingRecommender):
@@ -85,6 +93,9 @@ class SLIFMR(EmbeddingRecommender):
         size: int = config["embedding_size"]
         self.reg_weight: float = config["reg_weight"]
         self.refresh_k: int = config["refresh_k"]
+        self.knn_search = _choice(config, "knn_search", KNN_SEARCHES)
+        if self.knn_search == "approximate" and importlib.util.find_spec("faiss") is None:
+            raise SettingError("knn_search: approximate needs FAISS: pip install faiss-cpu, or set it to exact")
         self.etas = {name: float(config[f"eta_{name}"]) for name in ("interaction", "feature", "kg")}
         self.prune_ratio: float = config["prune_ratio"]
         self.normalize_views: bool = config["normalize_views"]
@@ -112,6 +123,7 @@ class SLIFMR(EmbeddingRecommender):
                     config["knn_k"],
                     config["feature_n_layers"],
                     config["feature_gate"],
+                    self.knn_search,
                 )
                 for modality, features in self.item_features(dataset).items()
             }
@@ -237,8 +249,10 @@ class SLIFMR(EmbeddingRecommender):
         items = self._final_embeddings()[1]
         mask = torch.ones(self.n_items, dtype=torch.bool, device=items.device)
         mask[0] = False
-        index = knn_graph(items, self.refresh_k, mask)
-        stats = RefreshStats(index.shape[1], edge_turnover(self.feedback_index.to(index.device), index, self.n_items))
+        index = knn_graph(items, self.refresh_k, mask, search=self.knn_search)
+        turnover = edge_turnover(self.feedback_index.to(index.device), index, self.n_items)
+        exact = self.knn_search == "exact"
+        stats = RefreshStats(index.shape[1], turnover, 1.0 if exact else knn_recall(items, index, self.refresh_k, mask))
         self._set_feedback(index)
         return stats
 
