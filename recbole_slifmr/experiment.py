@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 import yaml
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
@@ -114,7 +115,8 @@ def run(
         DataError: for data that cannot be used.
     """
     config = make_config(model, dataset, config_files, settings)
-    log_file = _start_log(config)
+    set_threads(config)
+    log_file = start_log(config)
     getLogger().info(config)
     if not config["single_spec"]:
         getLogger().info(f"{config['world_size']} processes on {config['device'].type}")
@@ -171,6 +173,12 @@ def prepare(config: Config, split_seed: int | None = None) -> Prepared:
     Raises:
         DataError, SettingError: for data or settings that cannot be used.
     """
+    train, valid, test = load_data(config, split_seed)
+    return Prepared(config, train, valid, test, make_trainer(config, train))
+
+
+def load_data(config: Config, split_seed: int | None = None) -> tuple[Any, Any, Any]:
+    """Read and split the data; return the loaders of training, validation and test, see :func:`prepare`."""
     init_seed(config["seed"] if split_seed is None else split_seed, config["reproducibility"])
     with bad_input(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="recbole")  # of pandas, on every column
@@ -180,14 +188,41 @@ def prepare(config: Config, split_seed: int | None = None) -> Prepared:
             raise SettingError(
                 f"topk: {max(config['topk'])} is more than the {data.item_num - 1} items of '{config['dataset']}'"
             )
-        train, valid, test = data_preparation(config, data)
+        return data_preparation(config, data)
+
+
+def make_trainer(config: Config, train_data: Any, adapt: Callable[[type], type] = lambda kind: kind) -> Any:
+    """Build model and trainer.
+
+    Args:
+        config: RecBole's configuration.
+        train_data: the loader of the training split.
+        adapt: makes the class of the trainer from RecBole's choice.
+
+    Raises:
+        SettingError: for settings that cannot be used.
+    """
     with bad_input(SettingError, (ValueError, NotImplementedError)):
         init_seed(config["seed"], config["reproducibility"])
-        network = get_model(config["model"])(config, train._dataset).to(config["device"])
-        trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, network)
+        network = get_model(config["model"])(config, train_data._dataset).to(config["device"])
+        trainer = adapt(get_trainer(config["MODEL_TYPE"], config["model"]))(config, network)
     if not config["single_spec"]:  # the same model everywhere, but negatives of its own for each process
         init_seed(config["seed"] + config["offset"] + config["local_rank"], config["reproducibility"])
-    return Prepared(config, train, valid, test, trainer)
+    return trainer
+
+
+def set_threads(config: Config) -> None:
+    """Use as many CPU threads as the setting ``threads`` says; torch's own choice if it is empty.
+
+    Raises:
+        SettingError: if it is no positive number.
+    """
+    threads = config["threads"]
+    if threads is None:
+        return
+    if type(threads) is not int or threads < 1:
+        raise SettingError(f"threads must be a whole number from 1, not {threads!r}")
+    torch.set_num_threads(threads)
 
 
 def fingerprint(loader: Any) -> str:
@@ -274,7 +309,7 @@ def _resume(trainer: Any, checkpoint: Path) -> None:
         raise SettingError(f"{checkpoint} is no checkpoint of this model, data set and learner: {reason}") from error
 
 
-def _start_log(config: Config) -> Path | None:
+def start_log(config: Config) -> Path | None:
     """Start RecBole's log of this run, ending that of an earlier run in the same process.
 
     Of the processes of a distributed run, the first on each machine logs.

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import socket
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,7 @@ class Task:
             "model": self.model,
             "dataset": self.dataset,
             "config_files": self.config_files,
-            "settings": {**self.settings, **quiet, "seed": self.seed},
+            "settings": {**self.settings, **quiet, "seed": self.seed, "threads": self.threads},
         }
 
 
@@ -89,11 +91,8 @@ def run_task(task: Task) -> None:
     for name in ("result.json", "error.json", "progress.jsonl"):
         (task.folder / name).unlink(missing_ok=True)
     try:
-        import torch
-
         from recbole_slifmr.experiment import run
 
-        torch.set_num_threads(task.threads)
         with (task.folder / "progress.jsonl").open("w", buffering=1) as progress:
             result = run(
                 **task.arguments,
@@ -103,9 +102,9 @@ def run_task(task: Task) -> None:
                 on_valid=lambda *point: print(json.dumps(point), file=progress),
             )
         assert result.per_user is not None
-        _replace(task.folder / "per_user.parquet", result.per_user.to_parquet)
+        replace_file(task.folder / "per_user.parquet", result.per_user.to_parquet)
         content = {name: value for name, value in vars(result).items() if name != "per_user"}
-        content |= {"key": task.key(), "peak_memory_mb": _peak_memory_mb()}
+        content |= {"key": task.key(), "peak_memory_mb": peak_memory_mb()}
         write_json(task.folder / "result.json", content)
     except Exception as error:
         write_json(task.folder / "error.json", {"error": f"{type(error).__name__}: {error}".splitlines()[0]})
@@ -114,12 +113,13 @@ def run_task(task: Task) -> None:
         shutil.rmtree(task.checkpoint_dir, ignore_errors=True)
 
 
-def _peak_memory_mb() -> float:
+def peak_memory_mb() -> float:
+    """Return the largest resident memory of this process so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file whole or not at all."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -131,7 +131,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
-    _replace(path, lambda part: part.write_text(json.dumps(content, indent=1, default=str)))
+    replace_file(path, lambda part: part.write_text(json.dumps(content, indent=1, default=str)))
 
 
 def read_result(task: Task) -> dict[str, Any] | None:
@@ -249,15 +249,56 @@ def _run_serially(tasks: Sequence[Task]) -> Iterable[tuple[str, str]]:
         yield task.name, _outcome(task, process.exitcode)
 
 
+@contextlib.contextmanager
+def ray_session(address: str | None = None, n_cpus: int | None = None, dashboard: bool = False) -> Iterator[None]:
+    """Connect to the Ray cluster at ``address``, or start one on this machine alone; use a session that is there.
+
+    A cluster of its own listens on loopback only, reports nothing to anybody and opens a dashboard only if asked.
+
+    Raises:
+        SettingError: if there is no cluster at the address, or the dashboard is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray._private import ray_constants
+
+    if ray.is_initialized():
+        yield
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address:
+            _reach(address)
+            ray.init(address=address, **quiet)
+        else:
+            # What keeps Ray to loopback on Windows and macOS; elsewhere it replaces 127.0.0.1 by a reachable address.
+            ray_constants.ENABLE_RAY_CLUSTER = False
+            ray.init(address="local", num_cpus=n_cpus, include_dashboard=dashboard, **quiet)
+    except (OSError, ValueError) as error:
+        raise SettingError(f"no Ray cluster at '{address}': {' '.join(str(error).split())}") from error
+    except Exception as error:
+        if not dashboard:
+            raise
+        raise SettingError(f"--dashboard needs pip install 'ray[default]=={ray.__version__}' ({error})") from error
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = True
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise an OSError if nothing answers at ``host:port``; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 def _run_with_ray(tasks: Sequence[Task], jobs: int, address: str | None) -> Iterable[tuple[str, str]]:
     import ray
 
-    started = not ray.is_initialized()
-    if started and address:
-        ray.init(address=address, log_to_driver=False)
-    elif started:
-        ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
-    try:
+    with ray_session(address, jobs):
         remote = ray.remote(num_cpus=1, max_calls=1, max_retries=0)(run_task)
         running = {remote.remote(task): task for task in tasks}
         while running:
@@ -269,9 +310,6 @@ def _run_with_ray(tasks: Sequence[Task], jobs: int, address: str | None) -> Iter
                 yield task.name, _outcome(task)
             for task in running.values():
                 yield task.name, "running" if read_progress(task) else "waiting"
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def collect(tasks: Sequence[Task]) -> tuple[pd.DataFrame, pd.DataFrame]:
