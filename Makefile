@@ -26,4 +26,4 @@ $(READY): requirements.txt pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) log log_tensorboard saved benchmark benchmarks/out dataset_atomic/ml-100k
+	rm -rf $(VENV) log log_tensorboard saved benchmark benchmarks/out tune dataset_atomic/ml-100k

@@ -219,3 +219,93 @@ def plot_bars(path: Path, summary: pd.DataFrame, metrics: Sequence[str]) -> None
         axis.set_xticks(range(len(mean)), list(mean.index), rotation=45, ha="right")
         axis.set_title(metric_title(metric))
     figure.savefig(path, dpi=150, format="png")
+
+
+# -- searches -----------------------------------------------------------------------------------------------------
+
+
+def importance(trials: pd.DataFrame, names: Sequence[str]) -> pd.Series | None:
+    """Return how much each setting tells about the score: permutation importance in a random forest over the trials.
+
+    The importances add up to 1. Settings that a trial left at their default count as a value of their own.
+
+    Args:
+        trials: one row per trial with ``score`` and the settings.
+        names: of the settings.
+
+    Returns:
+        importance by name, falling; None with fewer than four scored trials or scores that do not differ.
+    """
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.inspection import permutation_importance
+
+    scored = trials[trials["score"].notna()]
+    names = [name for name in names if name in scored]
+    if len(scored) < 4 or scored["score"].nunique() < 2 or not names:
+        return None
+    features = pd.concat([as_numbers(scored[name])[0] for name in names], axis=1).fillna(-1e9)
+    forest = RandomForestRegressor(n_estimators=200, min_samples_leaf=2, random_state=0).fit(features, scored["score"])
+    found = permutation_importance(forest, features, scored["score"], n_repeats=20, random_state=0)
+    positive = np.clip(found.importances_mean, 0, None)
+    share = positive / positive.sum() if positive.sum() > 0 else positive
+    return pd.Series(share, index=names).sort_values(ascending=False)
+
+
+def as_numbers(column: pd.Series) -> tuple[pd.Series, list[str] | None]:
+    """Return a column as numbers, NaN where empty, and what the numbers stand for if they are positions in a list."""
+    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in column.dropna()):
+        return column.astype(float), None
+    values = sorted({str(value) for value in column.dropna()})
+    return column.map(lambda value: values.index(str(value)), na_action="ignore").astype(float), values
+
+
+def plot_search(path: Path, history: pd.DataFrame, winner: str, metric: str) -> None:
+    """Draw the validation score of every trial by epoch; the winner stands out."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, points in history.groupby("trial", sort=False):
+        first = name == winner
+        axis.plot(points["epoch"], points["score"], color="C1" if first else "C0", alpha=1.0 if first else 0.4,
+                  linewidth=2.0 if first else 1.0, zorder=3 if first else 2, marker=".", markersize=3,
+                  label=f"{name}: {points['best_score'].iloc[-1]:.4f}" if first else None)  # fmt: skip
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="epoch", ylabel=f"validation {metric_title(metric)}")
+    axis.legend(frameon=False, title="best trial")
+    figure.savefig(path, dpi=150, format="png")
+
+
+def plot_importance(path: Path, scores: pd.Series, metric: str, n_trials: int) -> None:
+    """Draw the importance of each setting, see :func:`importance`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 0.9 + 0.28 * len(scores)), layout="constrained")
+    axis = figure.subplots()
+    axis.barh(range(len(scores)), scores.to_numpy()[::-1], color="C0")
+    axis.set_yticks(range(len(scores)), list(scores.index[::-1]))
+    axis.set(xlabel=f"importance for validation {metric_title(metric)} ({n_trials} trials)", xlim=(0, 1))
+    figure.savefig(path, dpi=150, format="png")
+
+
+def plot_parallel(path: Path, trials: pd.DataFrame, names: Sequence[str], metric: str) -> None:
+    """Write a page with a line per scored trial through its settings to its score; it needs no network to open."""
+    import plotly.graph_objects as graphs
+
+    scored = trials[trials["score"].notna()]
+    axes = []
+    for name in [name for name in names if name in scored]:
+        values, labels = as_numbers(scored[name])
+        axis: dict[str, Any] = {"label": name, "values": values}
+        if labels is not None:
+            axis |= {"tickvals": list(range(len(labels))), "ticktext": labels}
+        elif values.min() > 0 and values.max() / values.min() >= 50:
+            ticks = np.unique(np.round(np.log10(values.dropna()), 1))
+            axis |= {"values": np.log10(values), "tickvals": ticks, "ticktext": [f"{10**tick:.1e}" for tick in ticks]}
+        axes.append(axis)
+    axes.append({"label": metric_title(metric), "values": scored["score"]})
+    line = {"color": scored["score"], "colorscale": "Viridis", "showscale": True}
+    figure = graphs.Figure(graphs.Parcoords(line=line, dimensions=axes))
+    figure.update_layout(title=f"{len(scored)} trials, validation {metric_title(metric)}", font={"size": 14})
+    path.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")

@@ -1,0 +1,20 @@
+"""A callback for other processes: it writes down what a training scores."""
+
+from pathlib import Path
+
+from recbole_slifmr.callback import Callback
+from recbole_slifmr.experiment import fingerprint
+
+
+class Probe(Callback):
+    """Write the fingerprint of each split that is scored into ``scored.txt`` in the data folder."""
+
+    def on_train_start(self, trainer):
+        evaluate = trainer.evaluate
+
+        def scoring(data, *args, **kwargs):
+            with (Path(trainer.config["data_path"]).parent / "scored.txt").open("a") as file:
+                file.write(fingerprint(data) + "\n")
+            return evaluate(data, *args, **kwargs)
+
+        trainer.evaluate = scoring

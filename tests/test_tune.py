@@ -1,0 +1,417 @@
+"""Whole searches: choice on validation, early stopping, resuming, failures, files, clusters."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from conftest import write_tiny
+
+from recbole_slifmr import report
+from recbole_slifmr.benchmark import make_plan
+from recbole_slifmr.cli import main, parse_resources, parse_seconds
+from recbole_slifmr.errors import SettingError, UnknownSettingWarning
+from recbole_slifmr.experiment import fingerprint, make_config, prepare, run
+from recbole_slifmr.search import make_search
+from recbole_slifmr.space import parse_space
+from recbole_slifmr.study import ray_session
+from recbole_slifmr.tune import run_search, tune
+
+SETTINGS = {"epochs": 3, "topk": [5], "valid_metric": "NDCG@5", "train_batch_size": 64}
+SPACE = {"learning_rate": {"loguniform": [1e-3, 1e-1]}, "n_layers": {"choice": [1, 2]}}
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def session():
+    """One Ray for all tests that do not need one of their own; its processes find the test modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        with ray_session(n_cpus=2):
+            yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_tiny(folder)
+    return folder
+
+
+def plan_of(data, out, model="LightGCN", space=None, **arguments):
+    settings = {**SETTINGS, "data_path": str(data), **arguments.pop("settings", {})}
+    space = parse_space(SPACE) if space is None else parse_space(space)
+    return make_search(model, "tiny", space, out, settings=settings, **{"trials": 3, "seeds": 0, **arguments})
+
+
+@pytest.fixture(scope="module")
+def searched(session, data, tmp_path_factory):
+    """A search by random with ASHA, its winner scored with two seeds."""
+    search = plan_of(data, tmp_path_factory.mktemp("searched") / "out", trials=6, seeds=2, scheduler="asha")
+    told = []
+    return search, run_search(search, on_tick=told.append), told
+
+
+# -- what a search gives ---------------------------------------------------------------------------------------------
+
+
+def test_everything_is_written(searched):
+    search, _outcome, told = searched
+    written = {path.name for path in search.out.iterdir()}
+    assert written >= {
+        "best.yaml", "trials.csv", "history.parquet", "history.png", "parallel.html", "importance.png", "test.csv",
+    }  # fmt: skip
+    assert not [path for path in search.out.rglob("*.part")]
+    trials = pd.read_csv(search.out / "trials.csv")
+    assert len(trials) == 6 and list(trials["score"]) == sorted(trials["score"], reverse=True)
+    history = pd.read_parquet(search.out / "history.parquet")
+    assert len(history) == trials["epochs"].sum()
+    assert history.groupby("trial")["score"].max()[trials["trial"][0]] == trials["score"][0]
+    assert {"valid_ndcg@5", "learning_rate", "epoch", "seconds"} <= set(history)
+    assert told[-1].finished + told[-1].stopped == told[-1].total == 6 and told[-1].best == trials["score"][0]
+    assert told[0].best is None
+
+
+def test_asha_stops_some_trials_and_the_winner_ran_to_its_end(searched):
+    _, outcome, _ = searched
+    counts = outcome.trials["status"].value_counts()
+    assert counts["stopped"] >= 1 and counts["finished"] >= 1
+    assert outcome.trials["status"][0] == "finished" and outcome.trials["epochs"][0] == 3
+    assert (outcome.trials.loc[outcome.trials["status"] == "stopped", "epochs"] < 3).all()
+
+
+def test_best_yaml_gives_the_winner_s_score_to_the_last_digit(searched):
+    _search, outcome, _ = searched
+    content = yaml.safe_load(outcome.best_file.read_text())
+    assert content["model"] == "LightGCN" and content["dataset"] == "tiny" and content["threads"] == 1
+    result = run(content["model"], content["dataset"], [outcome.best_file], {"show_progress": False})
+    assert result.best_valid_score == outcome.trials["score"][0]
+    assert {f"valid_{k}": v for k, v in result.valid.items()}.items() <= outcome.trials.iloc[0].to_dict().items()
+
+
+def test_the_winner_is_scored_on_test_once_for_each_seed(searched):
+    _search, outcome, _ = searched
+    assert list(outcome.runs["seed"]) == [2020, 2021] and outcome.failures == {}
+    assert outcome.runs["valid_ndcg@5"][0] == outcome.trials["score"][0]
+    assert outcome.runs["test_ndcg@5"].between(0, 1).all()
+    assert not [column for column in outcome.trials if "test" in column]
+
+
+def test_the_benchmark_takes_the_settings_but_not_the_epochs(searched):
+    search, outcome, _ = searched
+    params = search.out.parent / "params" / "LightGCN"
+    params.mkdir(parents=True)
+    shutil.copy(outcome.best_file, params)
+    plan = make_plan("tiny", ["LightGCN", "BPR"], 1, config_files=[], params=params.parent)
+    tuned, other = (make_config(**task.arguments) for task in plan.tasks)
+    assert plan.tuned == {"LightGCN": 6}
+    assert tuned["learning_rate"] == outcome.point["learning_rate"]
+    for name in ("epochs", "stopping_step", "valid_metric", "eval_step", "threads"):
+        assert tuned[name] == other[name], name
+
+
+def test_nothing_listens_beyond_this_machine(session):
+    own = psutil.Process()
+    addresses = set()
+    for process in [own, *own.children(recursive=True)]:
+        try:
+            connections = process.net_connections("inet")
+        except psutil.Error:
+            continue
+        addresses |= {entry.laddr.ip for entry in connections if entry.status == psutil.CONN_LISTEN}
+    assert addresses and all(ip.rpartition(":")[2].startswith("127.") or ip == "::1" for ip in addresses), addresses
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+# -- the test split --------------------------------------------------------------------------------------------------
+
+
+def test_no_test_split_is_scored_before_the_winner_is_chosen(session, data, tmp_path):
+    """A callback in every process writes down which split is scored; first without, then with the final scoring."""
+    write_tiny(tmp_path)
+    scored = tmp_path / "scored.txt"
+    settings = {"callbacks": ["probe:Probe"]}
+    search = plan_of(tmp_path, tmp_path / "out", "SLIFMR", trials=2, settings=settings)
+    best = run_search(search).best_file.read_bytes()
+    splits = prepare(search.config(callbacks=[])).fingerprints()
+    assert set(scored.read_text().split()) == {splits["valid"]}
+    n_before = len(scored.read_text().split())
+    outcome = run_search(
+        plan_of(tmp_path, tmp_path / "out", "SLIFMR", trials=2, seeds=1, settings=settings), resume=True
+    )
+    after = scored.read_text().split()[n_before:]
+    assert outcome.best_file.read_bytes() == best, "chosen before"
+    assert after.count(splits["test"]) == 1 and set(after) == {splits["valid"], splits["test"]}
+    run_search(plan_of(tmp_path, tmp_path / "out", "SLIFMR", trials=2, seeds=1, settings=settings), resume=True)
+    assert scored.read_text().split()[n_before:] == after, "once"
+
+
+def test_the_split_is_that_of_the_benchmark(data):
+    search = plan_of(data, "out")
+    config = search.config()
+    benchmarked = make_plan("tiny", ["LightGCN"], 1, settings={**SETTINGS, "data_path": str(data)}).tasks[0]
+    expected = prepare(make_config(**benchmarked.arguments), benchmarked.split_seed).fingerprints()
+    assert fingerprint(prepare(config, search.seed).train_data) == expected["train"]
+
+
+# -- ways of searching -----------------------------------------------------------------------------------------------
+
+
+def test_optuna_asks_for_conditional_settings(session, data, tmp_path):
+    space = {**SPACE, "reg_weight": {"loguniform": [1e-5, 1e-3], "if": {"n_layers": 2}}}
+    outcome = tune("LightGCN", "tiny", space=parse_space(space), out=tmp_path / "out", search="optuna", trials=5,
+                   seeds=0, scheduler="none", settings={**SETTINGS, "data_path": str(data)})  # fmt: skip
+    assert (outcome.trials["status"] == "finished").all() and len(outcome.trials) == 5
+    if "reg_weight" in outcome.trials:
+        assert (outcome.trials["reg_weight"].notna() == (outcome.trials["n_layers"] == 2)).all()
+    assert outcome.trials["learning_rate"].between(1e-3, 1e-1).all()
+
+
+def test_population_based_training_clones_and_goes_on(session, data, tmp_path):
+    """Four trials on two CPUs, so that they are paused too; a clone goes on from the epoch of its model."""
+    space = {"learning_rate": {"loguniform": [1e-12, 1e-1]}, "n_layers": {"choice": [1, 2]}}
+    outcome = run_search(plan_of(data, tmp_path / "out", space=space, scheduler="pbt", trials=4))
+    assert outcome.trials["status"].isin(["finished", "stopped"]).all() and outcome.trials["epochs"][0] >= 1
+    assert (outcome.trials["status"] == "finished").any() and outcome.trials["error"].isna().all()
+    history = pd.read_parquet(tmp_path / "out" / "history.parquet")
+    assert all(list(epochs) == sorted(set(epochs)) for _, epochs in history.groupby("trial")["epoch"])
+    used = history[history["score"] == outcome.trials["score"][0]]
+    assert outcome.point["learning_rate"] in set(used["learning_rate"]), "that of the best epoch"
+
+
+def test_a_grid_over_what_the_data_depend_on(session, data, tmp_path):
+    space = {"use_kg": {"choice": [True, False]}, "use_features": {"choice": [True, False]}}
+    outcome = run_search(plan_of(data, tmp_path / "out", "SLIFMR", space, search="grid", trials=4, scheduler="none"))
+    assert (outcome.trials["status"] == "finished").all() and len(outcome.trials) == 4
+    assert outcome.trials["score"].nunique() > 1
+
+
+# -- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_trial_is_recorded_and_the_search_goes_on(session, data, tmp_path):
+    space = {"learning_rate": {"choice": [0.01, 1e30]}}
+    plan = plan_of(data, tmp_path / "out", space=space, search="grid", settings={"learner": "sgd"}, scheduler="none")
+    outcome = run_search(plan)
+    trials = outcome.trials.set_index("learning_rate")
+    assert trials["status"].to_dict() == {0.01: "finished", 1e30: "failed"}
+    assert trials["error"][1e30] == "ValueError: Training loss is nan" and outcome.point == {"learning_rate": 0.01}
+
+
+def test_a_search_whose_trials_all_fail_ends_with_the_first_error(session, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.yaml").write_text("learning_rate: {choice: [1e29, 1e30]}\n")
+    with pytest.raises(SystemExit) as stop, warnings.catch_warnings():
+        main(["tune", "--model=LightGCN", "--dataset=tiny", f"--data_path={data}", "--space=space.yaml",
+              "--search=grid", "--epochs=2", "--topk=[5]", "--learner=sgd", "--out=out"])  # fmt: skip
+    assert stop.value.code == 1
+    assert "every trial failed; the first: ValueError: Training loss is nan" in capsys.readouterr().err
+    assert set(pd.read_csv("out/trials.csv")["status"]) == {"failed"} and not Path("out/best.yaml").exists()
+
+
+def test_the_command_ends_with_the_winner(session, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.hyper").write_text("learning_rate loguniform -6,-3\n")
+    with pytest.raises(SystemExit) as stop, warnings.catch_warnings():
+        main(["tune", "-m", "LightGCN", "-d", "tiny", f"--data_path={data}", "--space=space.hyper", "--trials=2",
+              "--epochs=2", "--topk=[5]", "--seeds=0", "--scheduler=none", "--resources=cpu=1",
+              "--time-budget=1h"])  # fmt: skip
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    for text in (
+        "LightGCN on tiny",
+        "2 finished",
+        "learning_rate",
+        "outputs: tune",
+        "--config_files tune/best.yaml",
+    ):
+        assert text in shown
+
+
+# -- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_search_is_not_run_again_even_if_ray_s_files_are_torn(searched, data):
+    search, outcome, _ = searched
+    for file in search.folder.glob("*state-*"):
+        file.write_bytes(file.read_bytes()[:10])
+    before = {file.name: file.read_bytes() for file in search.reports.iterdir()}
+    again = run_search(plan_of(data, search.out, trials=6, seeds=2, scheduler="asha"), resume=True)
+    assert {file.name: file.read_bytes() for file in search.reports.iterdir()} == before
+    pd.testing.assert_frame_equal(again.trials, outcome.trials)
+    pd.testing.assert_frame_equal(again.runs, outcome.runs)
+
+
+SEARCH = """
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[1]) / "tests"))
+from test_tune import plan_of
+from recbole_slifmr.tune import run_search
+out = Path(sys.argv[3])
+search = plan_of(sys.argv[2], out, "SLIFMR", trials=3, scheduler="none", settings={"epochs": 4, "prune_ratio": 0.2})
+run_search(search, resume="resume" in sys.argv, resources={"cpu": 1})
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_and_gives_what_it_would_have_given(session, data, tmp_path):
+    """The driver gets SIGKILL when its first trial is done; the refreshed graphs of the others go on too."""
+    whole = run_search(
+        plan_of(
+            data, tmp_path / "whole", "SLIFMR", trials=3, scheduler="none", settings={"epochs": 4, "prune_ratio": 0.2}
+        )
+    )
+    command = [sys.executable, "-c", SEARCH, str(ROOT), str(data), str(tmp_path / "out")]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def done():
+        return {
+            file: lines
+            for file in (tmp_path / "out" / "reports").glob("*.jsonl")
+            if (lines := file.read_text().splitlines()) and '"finished": true' in lines[-1]
+        }
+
+    while not done() and driver.poll() is None:
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    finished = done()
+    assert finished and not (tmp_path / "out" / "best.yaml").exists()
+    subprocess.run([*command, "resume"], check=True, capture_output=True, timeout=120)
+    for file, lines in finished.items():
+        assert file.read_text().splitlines() == lines, "not run again"
+    columns = ["learning_rate", "n_layers", "score", "best_epoch", "epochs", "status"]
+    resumed = pd.read_csv(tmp_path / "out" / "trials.csv")
+    pd.testing.assert_frame_equal(
+        resumed[columns].sort_values("learning_rate", ignore_index=True),
+        whole.trials[columns].sort_values("learning_rate", ignore_index=True),
+        check_dtype=False,
+    )
+
+
+def test_a_search_is_not_mixed_with_another(searched, data):
+    search, _, _ = searched
+    with pytest.raises(SettingError, match="holds a search already: --resume goes on with it"):
+        run_search(search)
+    with pytest.raises(SettingError, match="holds a search with other trials, scheduler: resume it as it was started"):
+        run_search(plan_of(data, search.out, trials=5, scheduler="none"), resume=True)
+
+
+# -- a cluster -------------------------------------------------------------------------------------------------------
+
+CLUSTER = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[1]) / "tests"))
+from ray.cluster_utils import Cluster
+from test_tune import plan_of
+from recbole_slifmr.tune import run_search
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster.add_node(num_cpus=1)
+search = plan_of(sys.argv[2], Path(sys.argv[3]), trials=4, seeds=2, scheduler="none", settings={"epochs": 2})
+outcome = run_search(search, address=cluster.address)
+print(json.dumps([sorted(set(outcome.trials["node"])), list(outcome.trials["status"]), len(outcome.runs)]))
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_search_runs_on_both_nodes_of_a_cluster(data, tmp_path):
+    command = [sys.executable, "-c", CLUSTER, str(ROOT), str(data), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    nodes, statuses, n_runs = json.loads(done.stdout.splitlines()[-1])
+    assert len(nodes) == 2 and statuses == ["finished"] * 4 and n_runs == 2
+
+
+# -- what cannot be used ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"space": {"n_layer": {"choice": [1]}}}, "unknown setting 'n_layer': .*; did you mean 'n_layers'"),
+        ({"space": {"knn_k": {"choice": [1]}}}, "unknown setting 'knn_k': neither RecBole nor LightGCN reads it"),
+        ({"space": {"epochs": {"choice": [1]}}}, "search space: epochs must be the same for all trials"),
+        ({"space": {"topk": {"choice": [[1]]}}}, "search space: topk must be the same for all trials"),
+        ({"settings": {"n_layers": 2}}, "n_layers is in the search space and given as well"),
+        ({"settings": {"eval_step": 4}}, "eval_step: 4 leaves the 3 epochs without validation"),
+        ({"model": "SLIFMR", "space": {"knn_k": {"choice": [5, "five"]}}}, "knn_k must be a whole number, not 'five'"),
+        ({"search": "grid"}, "grid search takes settings with countable values: learning_rate is loguniform"),
+        (
+            {"search": "grid", "trials": 1, "space": {"n_layers": {"choice": [1, 2]}}},
+            "has 2 points, more than the 1 trials",
+        ),
+        ({"scheduler": "hyperband"}, "scheduler must be one of asha, none, pbt, not 'hyperband'"),
+        ({"search": "bayes"}, "search must be one of random, optuna, grid"),
+        ({"scheduler": "pbt", "search": "optuna"}, "pbt changes the settings of trials itself"),
+        ({"trials": 0}, "trials must be at least 1"),
+        ({"model": "LightGCNN"}, "unknown model 'LightGCNN'"),
+        ({"settings": {"learning_rat": 1}}, "unknown setting 'learning_rat'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_search_that_cannot_work_is_refused_before_anything_runs(data, tmp_path, arguments, message):
+    with warnings.catch_warnings(), pytest.raises((SettingError, UnknownSettingWarning), match=message):
+        warnings.simplefilter("error", UnknownSettingWarning)
+        plan_of(data, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "resources, message",
+    [
+        ({"cpu": 64}, "a trial asks for cpu=64, the largest machine has 2"),
+        ({"gpu": 1}, "a trial asks for gpu=1, the largest machine has 0"),
+        ({"tpu": 1}, "expected cpu and gpu with a number, not tpu=1"),
+    ],
+)
+def test_resources_that_are_not_there_are_named(session, data, tmp_path, resources, message):
+    with pytest.raises(SettingError, match=message):
+        run_search(plan_of(data, tmp_path / "out"), resources=resources)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_space_needs_one(data):
+    with pytest.raises(SettingError, match=r"there is no search space for BPR in .*: name a file with --space"):
+        make_search("BPR", "tiny", settings={"data_path": str(data)})
+
+
+def test_a_cluster_that_is_not_there_is_named(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # there is the session of these tests
+    with (
+        pytest.raises(SettingError, match=r"no Ray cluster at '127\.0\.0\.1:1': .*refused"),
+        ray_session("127.0.0.1:1"),
+    ):
+        pass
+
+
+def test_shares_and_times_are_read():
+    assert parse_resources("cpu=2,gpu=0.5") == {"cpu": 2.0, "gpu": 0.5} and parse_resources(None) is None
+    assert [parse_seconds(text) for text in (None, "90", "90s", "1.5m", "2h")] == [None, 90, 90, 90, 7200]
+    for bad in ("cpu", "cpu=many"):
+        with pytest.raises(SettingError, match="--resources reads cpu=1,gpu=0"):
+            parse_resources(bad)
+    for bad in ("soon", "2d", "0h"):
+        with pytest.raises(SettingError, match="--time_budget reads 90s, 30m or 2h"):
+            parse_seconds(bad)
+
+
+def test_importance_finds_the_setting_that_matters():
+    frame = pd.DataFrame({"a": [i / 40 for i in range(40)], "b": ["x", "y"] * 20, "c": [[1], [2], [3], [4]] * 10})
+    frame["score"] = [3 * a + (b == "x") for a, b in zip(frame["a"], frame["b"], strict=True)]
+    found = report.importance(frame, ["c", "b", "a", "not_there"])
+    assert list(found.index) == ["a", "b", "c"] and found.sum() == pytest.approx(1) and found["c"] < 0.05
+    assert report.importance(frame.head(3), ["a"]) is None
