@@ -23,6 +23,12 @@ from recbole_slifmr.study import METRICS, TOPK, Task, check, collect, read_progr
 
 FIRST_SEED = 2020
 TABLE = ("recall@20", "ndcg@20", "recall@10", "ndcg@10")
+PROTOCOL = (
+    "epochs",
+    "stopping_step",
+    "eval_step",
+    "valid_metric",
+)  # the same for all, whatever a file of parameters says
 PACKAGES = ("recbole-slifmr", "recbole", "torch", "numpy", "scipy", "pandas", "ray")
 
 
@@ -143,13 +149,16 @@ def make_plan(
     tasks, tuned = [], {}
     for model in models:
         file = _params_file(params, model)
+        shared = common
         if file is not None:
+            base = make_config(model, dataset, files, common)
+            shared = {**common, **{name: base[name] for name in PROTOCOL}}
             trials = re.search(r"^# trials: (\d+)", file.read_text(encoding="utf-8"), re.MULTILINE)
             tuned[model] = int(trials[1]) if trials else None
         own = tuple(str(path) for path in (*files, *([file] if file else [])))
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
             folder = (root / "runs" / f"{model}-{seed}").resolve()
-            tasks.append(Task(model, seed, dataset, folder, own, common, FIRST_SEED, test_mask, threads))
+            tasks.append(Task(model, seed, dataset, folder, own, shared, FIRST_SEED, test_mask, threads))
     return Benchmark(tuple(tasks), root, "SLIFMR" if "SLIFMR" in models else models[0], tuned, test_mask)
 
 
