@@ -67,7 +67,7 @@ class RefreshStats(NamedTuple):
 
     edges: int
     turnover: float
-    recall: float
+    recall: float = 1.0
 
 
 class SLIFMR(EmbeddingRecommender):
@@ -252,7 +252,8 @@ class SLIFMR(EmbeddingRecommender):
         index = knn_graph(items, self.refresh_k, mask, search=self.knn_search)
         turnover = edge_turnover(self.feedback_index.to(index.device), index, self.n_items)
         exact = self.knn_search == "exact"
-        stats = RefreshStats(index.shape[1], turnover, 1.0 if exact else knn_recall(items, index, self.refresh_k, mask))
+        recall = 1.0 if exact else knn_recall(items, index, self.refresh_k, mask)
+        stats = RefreshStats(index.shape[1], turnover, recall)
         self._set_feedback(index)
         return stats
 
