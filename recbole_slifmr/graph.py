@@ -135,6 +135,7 @@ def knn_graph(
         raise ValueError(f"k must be at least 1, not {k}")
     if search not in KNN_SEARCHES:
         raise ValueError(f"search must be one of {', '.join(KNN_SEARCHES)}, not '{search}'")
+    features = features.detach()
     n = features.shape[0]
     norm = features.norm(dim=1, keepdim=True)
     present = norm.squeeze(1) > 0
@@ -152,8 +153,10 @@ def knn_graph(
 def _search_exactly(unit: Tensor, k: int, block_size: int) -> tuple[Tensor, Tensor]:
     """Return each row of ``unit [n, d]`` and its k nearest others of positive similarity, ``[<= n * k]`` both."""
     rows, cols = [], []
+    block = unit.new_empty(min(block_size, len(unit)), len(unit))  # one for all: the largest piece of memory by far
     for start in range(0, len(unit), block_size):
-        similarity = unit[start : start + block_size] @ unit.T
+        part = unit[start : start + block_size]
+        similarity = torch.mm(part, unit.T, out=block[: len(part)])
         local = torch.arange(similarity.shape[0], device=similarity.device)
         similarity[local, local + start] = -torch.inf
         row, col = _top_k(similarity, k)
