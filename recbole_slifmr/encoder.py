@@ -17,6 +17,7 @@ from recbole_slifmr.graph import (
     Edges,
     RelationalMatrix,
     SparseMatrix,
+    empty_edges,
     inverse_sqrt,
     normalize_symmetric,
     normalized_knn,
@@ -163,7 +164,7 @@ class FeatureEncoder(nn.Module):
         self.graph = SparseMatrix(initial, (self.n_items, self.n_items), symmetric=True)
         self.projection = nn.Linear(features.shape[1], size, bias=False)
         self.gate = nn.Linear(size, size) if gate else None
-        self.set_feedback(Edges(initial.edge_index[:, :0], initial.edge_weight[:0]), 0.0)
+        self.set_feedback(empty_edges(features.device), 0.0)
 
     def set_feedback(self, feedback: Edges, eta: float) -> None:
         """Blend the initial graph with the correlation graph; items without the modality stay out of it."""
@@ -286,7 +287,7 @@ class KnowledgeEncoder(nn.Module):
         self.relation_log_weight = nn.Parameter(
             torch.zeros(2 * n_relations + 1), requires_grad=relation_weight == "learned"
         )
-        self.set_feedback(Edges(triples.new_zeros(2, 0), torch.zeros(0, device=triples.device)), 0.0)
+        self.set_feedback(empty_edges(triples.device), 0.0)
 
     def set_feedback(self, feedback: Edges, eta: float) -> None:
         """Add the edges of the correlation graph as a relation of weight ``eta`` (0: without)."""
