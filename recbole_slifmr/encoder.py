@@ -15,8 +15,6 @@ from torch.nn import functional as F
 
 from recbole_slifmr.graph import (
     Edges,
-    RelationalMatrix,
-    SparseMatrix,
     empty_edges,
     inverse_sqrt,
     normalize_symmetric,
@@ -25,6 +23,7 @@ from recbole_slifmr.graph import (
     unique_edges,
 )
 from recbole_slifmr.layers import light_propagation
+from recbole_slifmr.sparse import RelationalMatrix, SparseMatrix
 
 RELATION_WEIGHTS = ("learned", "uniform")
 

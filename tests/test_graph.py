@@ -7,7 +7,6 @@ import torch
 
 from recbole_slifmr.graph import (
     Edges,
-    SparseMatrix,
     blend,
     edge_turnover,
     empty_edges,
@@ -19,6 +18,7 @@ from recbole_slifmr.graph import (
     sum_edges,
     unique_edges,
 )
+from recbole_slifmr.sparse import SparseMatrix
 
 
 def dense(edges: Edges, shape):

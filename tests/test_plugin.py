@@ -241,7 +241,7 @@ def test_without_recbole_the_import_says_how_to_install_it(tmp_path):
 
 LAYERS = [
     {"errors", "paths"},
-    {"graph", "layers", "loss", "diagnostics", "compat", "report", "distributed", "memory", "space"},
+    {"graph", "layers", "loss", "diagnostics", "compat", "report", "distributed", "memory", "space", "sparse"},
     {"encoder", "data"},
     {"model", "callback"},
     {"trainer"},
@@ -252,7 +252,7 @@ LAYERS = [
     {"tune"},
     {"cli"},
 ]
-PURE = ("graph", "layers", "loss", "diagnostics", "encoder", "space")
+PURE = ("graph", "layers", "loss", "diagnostics", "encoder", "space", "sparse")
 
 
 def _imports(path):
