@@ -19,7 +19,8 @@ from recbole_slifmr import report
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.evaluation import ITEM_GROUPS, MASKS, USER_GROUPS
 from recbole_slifmr.experiment import make_config
-from recbole_slifmr.study import METRICS, TOPK, Task, check, collect, read_progress, run_all, write_json
+from recbole_slifmr.files import write_json
+from recbole_slifmr.runs import METRICS, TOPK, Task, check, collect, read_progress, run_all
 
 FIRST_SEED = 2020
 TABLE = ("recall@20", "ndcg@20", "recall@10", "ndcg@10")

@@ -11,9 +11,9 @@ import pandas as pd
 import yaml
 
 from recbole_slifmr import report
+from recbole_slifmr.files import replace_file, write_csv
 from recbole_slifmr.search import Search
 from recbole_slifmr.space import Point
-from recbole_slifmr.study import replace_file
 
 
 class Outcome(NamedTuple):
@@ -128,11 +128,6 @@ def _status(error: str | None, last: Mapping[str, Any]) -> str:
     if error is not None:
         return "failed"
     return "not run" if not last else "finished" if last["finished"] else "stopped"
-
-
-def write_csv(path: Path, frame: pd.DataFrame) -> None:
-    """Write a table whole or not at all."""
-    replace_file(path, lambda part: frame.to_csv(part, index=False))
 
 
 def write_best(search: Search, winner: pd.Series, device: Mapping[str, Any]) -> tuple[Path, Point]:

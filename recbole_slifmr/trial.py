@@ -18,7 +18,7 @@ from recbole.data.dataloader import KnowledgeBasedDataLoader
 
 from recbole_slifmr.callback import Callback
 from recbole_slifmr.experiment import load_data, make_trainer, set_threads, start_log
-from recbole_slifmr.study import peak_memory_mb
+from recbole_slifmr.runs import peak_memory_mb
 from recbole_slifmr.trainer import SLIFMRTrainer
 
 CHECKPOINT = "checkpoint.pth"

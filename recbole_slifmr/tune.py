@@ -26,10 +26,11 @@ from ray.tune.search.optuna import OptunaSearch
 
 from recbole_slifmr import outcome
 from recbole_slifmr.errors import SettingError
+from recbole_slifmr.files import replace_file, write_json
 from recbole_slifmr.outcome import Ended, Outcome
+from recbole_slifmr.runs import Task, collect, ray_session, run_all
 from recbole_slifmr.search import DATA, Search, make_search
 from recbole_slifmr.space import Space, draw, grid, perturb, suggest
-from recbole_slifmr.study import Task, collect, ray_session, replace_file, run_all, write_json
 from recbole_slifmr.trial import TrialData, load_trial_data, run_trial
 
 

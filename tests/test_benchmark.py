@@ -14,7 +14,7 @@ from recbole.data.dataset import Dataset
 from recbole.quick_start import run_recbole
 from scipy import stats
 
-from recbole_slifmr import report, study
+from recbole_slifmr import report, runs
 from recbole_slifmr.benchmark import benchmark, make_plan
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.evaluation import evaluate, item_groups, mask_training_items_only
@@ -110,12 +110,12 @@ def test_models_with_different_data_are_refused(folder):
     eval_args = {"split": {"RS": [0.4, 0.3, 0.3]}, "order": "RO", "group_by": "user", "mode": "full"}
     other = replace(plan.tasks[1], settings={**plan.tasks[1].settings, "eval_args": eval_args})
     with pytest.raises(DataError, match="BPR and SLIFMR have different train splits"):
-        study.check([plan.tasks[0], other])
+        runs.check([plan.tasks[0], other])
 
 
 def test_a_random_split_is_the_same_for_all_seeds(folder):
     plan = plan_of(folder, seeds=2)
-    assert study.check(plan.tasks[:1]) == study.check(plan.tasks[1:2]) == study.check(plan.tasks)
+    assert runs.check(plan.tasks[:1]) == runs.check(plan.tasks[1:2]) == runs.check(plan.tasks)
 
 
 def test_lightgcn_is_recbole_s_lightgcn(folder, monkeypatch):
@@ -239,9 +239,9 @@ def test_a_benchmark_writes_everything_and_goes_on_where_it_stopped(folder, monk
 def test_ray_gives_what_the_serial_runs_give(folder, monkeypatch):
     monkeypatch.chdir(folder)
     serial, parallel = plan_of(folder), plan_of(folder, out=folder / "ray")
-    assert set(study.run_all(serial.tasks).values()) == {"done"}
-    assert set(study.run_all(parallel.tasks, jobs=2).values()) == {"done"}
-    (one, users), (other, other_users) = study.collect(serial.tasks), study.collect(parallel.tasks)
+    assert set(runs.run_all(serial.tasks).values()) == {"done"}
+    assert set(runs.run_all(parallel.tasks, jobs=2).values()) == {"done"}
+    (one, users), (other, other_users) = runs.collect(serial.tasks), runs.collect(parallel.tasks)
     numbers = [column for column in one if column.startswith(("test_", "valid_"))]
     pd.testing.assert_frame_equal(one[numbers], other[numbers], check_exact=True)
     pd.testing.assert_frame_equal(users, other_users, check_exact=True)
@@ -252,10 +252,10 @@ def test_a_failing_model_does_not_lose_the_others(folder, monkeypatch):
     monkeypatch.chdir(folder)
     plan = plan_of(folder, models=("BPR", "SLIFMR"))
     bad = replace(plan.tasks[0], settings={**plan.tasks[0].settings, "learning_rate": 1e30, "learner": "sgd"})
-    states = study.run_all([bad, plan.tasks[1]])
+    states = runs.run_all([bad, plan.tasks[1]])
     assert states["SLIFMR-2020"] == "done"
     assert "nan" in states["BPR-2020"].lower()
-    assert study.read_result(bad) is None
+    assert runs.read_result(bad) is None
 
 
 def _die(task):
@@ -266,12 +266,12 @@ def _die(task):
 
 
 def test_a_killed_run_says_so(folder, monkeypatch):
-    monkeypatch.setattr(study, "run_task", _die)
+    monkeypatch.setattr(runs, "run_task", _die)
     task = plan_of(folder).tasks[0]
     task.folder.mkdir(parents=True)
     context = multiprocessing.get_context("spawn")
-    monkeypatch.setattr(study.multiprocessing, "get_context", lambda kind: context)
-    assert study.run_all([task]) == {task.name: "killed by SIGKILL (out of memory?)"}
+    monkeypatch.setattr(runs.multiprocessing, "get_context", lambda kind: context)
+    assert runs.run_all([task]) == {task.name: "killed by SIGKILL (out of memory?)"}
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_bad_input_is_named_before_anything_is_trained(folder, models, settings,
     plan = plan_of(folder, models, settings=settings)
     with warnings.catch_warnings(), pytest.raises((DataError, SettingError, UnknownSettingWarning), match=message):
         warnings.simplefilter("error", UnknownSettingWarning)
-        study.check(plan.tasks)
+        runs.check(plan.tasks)
     assert not list(folder.rglob("*.json"))
 
 

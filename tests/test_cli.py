@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import write_tiny
 
-from recbole_slifmr.cli import door, parse_settings
+from recbole_slifmr.cli import door
+from recbole_slifmr.cli.settings import parse_settings
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.paths import ROOT
 

@@ -240,14 +240,14 @@ def test_without_recbole_the_import_says_how_to_install_it(tmp_path):
 # -- structure -------------------------------------------------------------------------------------------------------
 
 LAYERS = [
-    {"errors", "paths"},
+    {"errors", "files", "paths"},
     {"graph", "layers", "loss", "diagnostics", "compat", "report", "distributed", "memory", "space", "sparse"},
     {"encoder", "data"},
     {"model", "callback"},
     {"trainer"},
     {"plugin", "evaluation"},
     {"experiment"},
-    {"study", "search"},
+    {"runs", "search"},
     {"trial", "outcome", "benchmark"},
     {"tune"},
     {"cli"},
@@ -268,7 +268,7 @@ def _imports(path):
 def test_ray_is_imported_where_many_runs_are_run_and_nowhere_else():
     package = Path(sys.modules["recbole_slifmr"].__file__).parent
     users = {path.stem for path in package.rglob("*.py") for name in _imports(path) if name.split(".")[0] == "ray"}
-    assert users == {"study", "tune"}
+    assert users == {"runs", "tune"}
 
 
 def test_imports_point_one_way():

@@ -18,12 +18,13 @@ from conftest import write_tiny
 
 from recbole_slifmr import report
 from recbole_slifmr.benchmark import make_plan
-from recbole_slifmr.cli import main, parse_resources, parse_seconds
+from recbole_slifmr.cli import main
+from recbole_slifmr.cli.tune import parse_resources, parse_seconds
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
 from recbole_slifmr.experiment import fingerprint, make_config, prepare, run
+from recbole_slifmr.runs import ray_session
 from recbole_slifmr.search import make_search
 from recbole_slifmr.space import parse_space
-from recbole_slifmr.study import ray_session
 from recbole_slifmr.tune import run_search, tune
 
 SETTINGS = {"epochs": 3, "topk": [5], "valid_metric": "NDCG@5", "train_batch_size": 64}

@@ -21,6 +21,7 @@ from typing import Any
 import pandas as pd
 
 from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.files import replace_file, write_json
 
 METRICS = [
     *("Recall", "NDCG", "Precision", "MRR", "Hit", "MAP"),
@@ -117,21 +118,6 @@ def peak_memory_mb() -> float:
     """Return the largest resident memory of this process so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    replace_file(path, lambda part: part.write_text(json.dumps(content, indent=1, default=str)))
 
 
 def read_result(task: Task) -> dict[str, Any] | None:

@@ -1,0 +1,62 @@
+"""The commands: parsing and printing, nothing else. Each module holds one or two."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from recbole_slifmr import __version__
+from recbole_slifmr.cli import benchmark, train, tune
+from recbole_slifmr.errors import DataError, ProcessError, SettingError, UnknownSettingWarning
+
+FAILED, BAD_INPUT = 1, 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="slifmr")
+def slifmr() -> None:
+    """Recommend from interactions, a knowledge graph and item features together."""
+
+
+for command in (train.train, benchmark.benchmark_command, tune.tune_command):
+    slifmr.add_command(command)
+
+
+def _invoke(command: click.Command, name: str, arguments: Sequence[str] | None) -> int:
+    """Run a command; return its exit status, 2 with one line on stderr for bad input."""
+    try:
+        command.main(list(sys.argv[1:] if arguments is None else arguments), prog_name=name, standalone_mode=False)
+    except (DataError, SettingError, UnknownSettingWarning) as error:
+        click.echo(f"error: {error}", err=True)
+        return BAD_INPUT
+    except ProcessError as error:
+        click.echo("\n".join(getattr(error, "__notes__", ())), err=True, nl=False)
+        click.echo(f"error: {error}", err=True)
+        return FAILED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        return 130
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``slifmr``."""
+    sys.exit(_invoke(slifmr, "slifmr", arguments))
+
+
+def run_recbole(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``run_recbole``."""
+    sys.exit(_invoke(train.run_recbole, "run_recbole", arguments))
+
+
+def door(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``run_recbole_slifmr.py``: a command of ``slifmr`` if one is named, else ``run_recbole``."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and not arguments[0].startswith("-"):
+        main(arguments)
+    run_recbole(arguments)

@@ -1,0 +1,62 @@
+"""What the commands share: settings given as ``--name=value``, lists with commas."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from recbole_slifmr.errors import SettingError
+
+FREE_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]}
+
+
+def parse_settings(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read ``--name=value`` and ``--name value`` pairs.
+
+    A value is read as Python (``1e-3``, ``['a', 'b']``, ``None``), else as YAML (``{text: text.npy}``, ``true``), else
+    as a string.
+
+    Raises:
+        SettingError: for anything else on the command line, or a setting given twice.
+    """
+    settings: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            raise SettingError(f"unexpected argument '{argument}': settings read --name=value")
+        name, equals, value = argument[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise SettingError(f"'{argument}' has no value: settings read --name=value")
+            value = rest.pop(0)
+        if name in settings:
+            raise SettingError(f"'--{name}' is given twice")
+        settings[name] = _parse_value(value)
+    return settings
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        pass
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, (bool, dict, list)) else text
+
+
+def with_options(*options: Any) -> Any:
+    """Return a decorator that gives a command several options at once."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
