@@ -30,12 +30,13 @@ from recbole.utils.argument_list import dataset_arguments
 
 from recbole_slifmr import callback, compat, trainer
 from recbole_slifmr.data.dataset import SLIFMRDataset
+from recbole_slifmr.data.noise import read_noise
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
 from recbole_slifmr.paths import PROPERTIES, find_data_path
 
 MODELS = ("SLIFMR", "LATTICE", "FREEDOM", "BM3", "VBPR")
 # What a saved data set depends on beside RecBole's own list.
-DATASET_SETTINGS = ("modalities", "feature_path", "use_kg", "use_features", "MODEL_TYPE", "data_path")
+DATASET_SETTINGS = ("modalities", "feature_path", "use_kg", "use_features", "MODEL_TYPE", "data_path", "noise")
 NUMBERS = ("epochs", "train_batch_size", "eval_batch_size", "learning_rate", "eval_step", "stopping_step", "seed",
            "weight_decay", "loss_decimal_place", "metric_decimal_place")  # fmt: skip
 FREE_TYPES = ("modalities", "refresh_interval")  # each of more than one type, checked where it is read
@@ -102,6 +103,7 @@ def _wrap_config() -> None:
         _complete(self)
         set_defaults(self)
         _check_valid_metric(self)
+        _check_noise(self)
         for message in unknown_settings(self):
             warnings.warn(message, UnknownSettingWarning, stacklevel=4)
 
@@ -158,6 +160,15 @@ def _check_valid_metric(config: Config) -> None:
     if not known or (at and k not in {str(cutoff) for cutoff in config["topk"]}):
         raise SettingError(
             f"valid_metric: '{config['valid_metric']}' is not among {config['metrics']} at topk {config['topk']}"
+        )
+
+
+def _check_noise(config: Config) -> None:
+    """Refuse noise that is none, or that would not reach the model because it reads another data set class."""
+    kind = getattr(recbole.data.dataset, f"{config.model}Dataset", None)
+    if read_noise(config).levels and not (inspect.isclass(kind) and issubclass(kind, SLIFMRDataset)):
+        raise SettingError(
+            f"noise: {config.model} reads its data by a class of RecBole's, which adds none: leave it out"
         )
 
 

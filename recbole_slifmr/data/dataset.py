@@ -17,12 +17,14 @@ import pandas as pd
 import recbole.data.dataset.dataset
 import torch
 from recbole.data.dataset import KnowledgeBasedDataset
+from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType, ModelType
 from torch import Tensor
 
 from recbole_slifmr.data import ml100k
 from recbole_slifmr.data.features import ItemFeatures, ItemFile, find_modalities, load_features
-from recbole_slifmr.errors import DataError
+from recbole_slifmr.data.noise import disturb_features, disturb_kg, draw_interactions, drop_interactions, read_noise
+from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.paths import find_feature_folder
 
 
@@ -61,13 +63,16 @@ class SLIFMRDataset(KnowledgeBasedDataset):
     Attributes:
         item_features: ``{modality: ItemFeatures}``, empty if the model reads none.
         triples: head, relation and tail, ``[T, 3]`` int64; empty if the model reads none or there are none.
+        noise: what the setting ``noise`` does to features, triples and, in :meth:`build`, training interactions.
 
     Raises:
         DataError: naming file, field and fix.
+        SettingError: for noise that cannot be had.
     """
 
     item2entity: dict[str, str]
     entity2item: dict[str, str]
+    kg_feat: Any  # a DataFrame, then RecBole's Interaction
 
     def _get_field_from_config(self) -> None:
         super()._get_field_from_config()
@@ -79,6 +84,9 @@ class SLIFMRDataset(KnowledgeBasedDataset):
         self.has_kg = kg.is_file() and (is_kg_model or bool(self.config["use_kg"]))
         if self.has_kg and not link.is_file():
             raise DataError(f"{link} not found: it should link item tokens to the entities of {kg.name}")
+        self.noise = read_noise(self.config)
+        if self.noise.of("kg") and not kg.is_file():
+            raise SettingError(f"noise: {self.noise.of('kg')[0]} needs a knowledge graph, and there is no {kg}")
 
     def _get_load_and_unload_col(self, source: Any) -> tuple[set[str] | None, set[str] | None]:
         """Load just what the model reads of ``.kg`` and ``.link``, whatever ``load_col`` says."""
@@ -202,6 +210,26 @@ class SLIFMRDataset(KnowledgeBasedDataset):
         self.field2id_token[self.entity_field] = tokens
         self.field2token_id[self.entity_field] = token_ids
 
+    def _add_auxiliary_relation(self) -> None:
+        """Add the noise first, so that it goes into the reverse triples too."""
+        if self.has_kg and self.noise.of("kg"):
+            self._disturb_kg()
+        super()._add_auxiliary_relation()
+
+    def _disturb_kg(self) -> None:
+        fields = [self.head_entity_field, self.relation_field, self.tail_entity_field]
+        item_ids, tokens = self.field2token_id[self.iid_field], self.field2id_token[self.entity_field]
+        linked = np.array([item_ids[item] for item in self.item2entity])
+        triples, ids = disturb_kg(self.noise, self.kg_feat[fields].to_numpy(np.int64), linked, len(tokens))
+        self.kg_feat = pd.DataFrame(triples, columns=fields)
+        moved = tokens.copy()
+        moved[ids] = tokens
+        token_ids = {entity: i for i, entity in enumerate(moved)}
+        for field in (self.head_entity_field, self.tail_entity_field, self.entity_field):
+            self.field2id_token[field], self.field2token_id[field] = moved, token_ids
+        self.item2entity = {item: moved[item_ids[item]] for item in self.item2entity}
+        self.entity2item = {entity: item for item, entity in self.item2entity.items()}
+
     def _data_processing(self) -> None:
         super()._data_processing()
         fields = [self.head_entity_field, self.relation_field, self.tail_entity_field]
@@ -228,7 +256,11 @@ class SLIFMRDataset(KnowledgeBasedDataset):
             modalities = find_modalities(folder)
         if not isinstance(modalities or {}, dict):
             raise DataError(f"modalities must be 'auto' or a mapping of name to file, not {modalities!r}")
-        return load_features(modalities or {}, folder, item_file, self.field2token_id[self.iid_field])
+        features = load_features(modalities or {}, folder, item_file, self.field2token_id[self.iid_field])
+        kinds = self.noise.of("feature")
+        if kinds and not features:
+            raise SettingError(f"noise: {kinds[0]} needs item features, and '{self.dataset_name}' has none in {folder}")
+        return disturb_features(self.noise, features) if kinds else features
 
     def _describe_inputs(self) -> list[str]:
         """Say what there is beside the interactions."""
@@ -245,15 +277,41 @@ class SLIFMRDataset(KnowledgeBasedDataset):
             n_covered = int(mask.sum())
             share = f"{n_covered} of {n_items} items ({n_covered / n_items:.1%})"
             lines.append(f"modality {name}: dimension {values.shape[1]}, {share}")
+        if self.noise.levels:
+            lines.append(f"noise: {self.noise}")
         return lines
 
     def build(self) -> list[SLIFMRDataset]:
-        """Split the data set; see RecBole's ``Dataset.build``.
+        """Split the data set, see RecBole's ``Dataset.build``; then add noise to the training interactions.
 
         Raises:
             DataError: if the training split is empty.
+            SettingError: for noise that cannot be had.
         """
         parts = super().build()
         if len(parts[0].inter_feat) == 0:
             raise DataError(f"the training split of '{self.dataset_name}' is empty: check eval_args and the files")
+        if self.noise.of("interaction"):
+            parts[0].inter_feat = self._disturb_interactions(parts)
         return parts
+
+    def _disturb_interactions(self, parts: list[SLIFMRDataset]) -> Any:
+        """Return the training interactions with noise."""
+        clean = parts[0].inter_feat
+        kept = np.ones(len(clean), dtype=bool)
+        users = items = donors = np.zeros(0, dtype=np.int64)
+        if "interaction_drop" in self.noise.levels:
+            kept = drop_interactions(self.noise, clean[self.uid_field].numpy(), clean[self.iid_field].numpy())
+        if "interaction_add" in self.noise.levels:
+            known_users, known_items = (
+                torch.cat([part.inter_feat[field] for part in parts]).numpy()
+                for field in (self.uid_field, self.iid_field)
+            )
+            users, items, donors = draw_interactions(
+                self.noise, len(clean), known_users, known_items, self.user_num, self.item_num
+            )
+        rows = torch.from_numpy(np.concatenate([kept.nonzero()[0], donors]))
+        columns = {name: clean[name][rows] for name in clean}
+        for field, ids in ((self.uid_field, users), (self.iid_field, items)):
+            columns[field][len(rows) - len(ids) :] = torch.from_numpy(ids)
+        return Interaction(columns)
