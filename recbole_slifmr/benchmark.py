@@ -8,19 +8,19 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from recbole_slifmr import report
+from recbole_slifmr import plots, report
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.evaluation import ITEM_GROUPS, MASKS, USER_GROUPS
 from recbole_slifmr.experiment import make_config
-from recbole_slifmr.files import write_json
-from recbole_slifmr.runs import METRICS, TOPK, Task, check, collect, read_progress, run_all
+from recbole_slifmr.files import replace_file, write_csv, write_json
+from recbole_slifmr.runs import METRICS, TOPK, Task, check, collect, read_progress, run_all, take_over
 
 FIRST_SEED = 2020
 TABLE = ("recall@20", "ndcg@20", "recall@10", "ndcg@10")
@@ -33,16 +33,33 @@ PROTOCOL = (
 PACKAGES = ("recbole-slifmr", "recbole", "torch", "numpy", "scipy", "pandas", "ray")
 
 
+class Variant(NamedTuple):
+    """A row of the table: a model with settings of its own.
+
+    Attributes:
+        model: name of the model.
+        settings: settings that win over all others.
+        label: what the tables call it; the model if empty.
+        factors: what sets it apart, for the tables of a study.
+    """
+
+    model: str
+    settings: Mapping[str, Any] = {}
+    label: str = ""
+    factors: Mapping[str, Any] = {}
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """What a benchmark compares, and where its files go.
 
     Attributes:
-        tasks: one per model and seed.
+        tasks: one per variant and seed.
         out: folder of the outputs.
-        reference: the model that the others are tested against.
+        reference: the title of the tasks that the others are tested against; empty for none.
         tuned: ``{model: number of trials, or None where unknown}`` for the models with parameters from a file.
         test_mask: see :func:`~recbole_slifmr.experiment.run`.
+        name: of the study; a benchmark is one, too.
     """
 
     tasks: tuple[Task, ...]
@@ -50,11 +67,17 @@ class Benchmark:
     reference: str
     tuned: Mapping[str, int | None]
     test_mask: str
+    name: str = "benchmark"
 
     @property
-    def models(self) -> list[str]:
-        """The models, in the order asked for."""
-        return list(dict.fromkeys(task.model for task in self.tasks))
+    def titles(self) -> list[str]:
+        """What the rows of the table are called, in the order asked for."""
+        return list(dict.fromkeys(task.title for task in self.tasks))
+
+    @property
+    def first_tasks(self) -> dict[str, Task]:
+        """One task of every title."""
+        return {task.title: task for task in reversed(self.tasks)}
 
 
 def benchmark(
@@ -83,6 +106,8 @@ def run_plan(
     jobs: int = 1,
     address: str | None = None,
     on_tick: Callable[[Mapping[str, str]], None] = lambda states: None,
+    reuse: Iterable[str | Path] = (),
+    write: Callable[[Any, pd.DataFrame, pd.DataFrame, Mapping[str, str]], None] | None = None,
 ) -> pd.DataFrame:
     """Run what is left of a plan and write its outputs; see :func:`benchmark`.
 
@@ -93,48 +118,71 @@ def run_plan(
         jobs: runs at a time.
         address: of a running Ray cluster.
         on_tick: called about twice a second with the state of each run by name.
+        reuse: other output folders, whose runs of just the same settings are taken over.
+        write: writes the outputs from plan, runs, users and states; :func:`write_outputs` if None.
     """
     fingerprints = check(plan.tasks)
     plan.out.mkdir(parents=True, exist_ok=True)
     write_json(plan.out / "manifest.json", manifest(plan, fingerprints))
+    take_over(plan.tasks, map(Path, reuse))
     states = run_all(plan.tasks, jobs, address, on_tick)
     runs, users = collect(plan.tasks)
     if len(runs):
-        write_outputs(plan, runs, users, states)
+        (write or write_outputs)(plan, runs, users, states)
     return runs
 
 
-def make_plan(
-    dataset: str,
-    models: Sequence[str],
-    seeds: int = 5,
-    out: str | Path = "benchmark",
-    config_files: Sequence[str | Path] = (),
-    settings: Mapping[str, Any] | None = None,
-    params: str | Path | None = None,
-    test_mask: str = "train_valid",
-    threads: int = 1,
-) -> Benchmark:
+def make_plan(dataset: str, models: Sequence[str], out: str | Path = "benchmark", **options: Any) -> Benchmark:
     """Return what a benchmark will run. A random split is the same for all seeds.
 
     Args:
         dataset: name of the data set's folder under ``data_path``.
         models: names; ``SLIFMR``, or else the first, is the reference of the tests of significance.
-        seeds: number of training seeds.
         out: folder of the outputs; finished runs found there are not run again.
+        options: the other arguments of :func:`make_tasks`.
+
+    Raises:
+        SettingError: for anything that cannot be used.
+    """
+    if len(set(models)) < len(models):
+        raise SettingError("a model is named twice")
+    tasks, tuned = make_tasks(dataset, [Variant(model) for model in models], Path(out), **options)
+    reference = "SLIFMR" if "SLIFMR" in models else models[0]
+    return Benchmark(tasks, Path(out), reference, tuned, tasks[0].test_mask)
+
+
+def make_tasks(
+    dataset: str,
+    variants: Sequence[Variant],
+    out: Path,
+    seeds: int = 5,
+    config_files: Sequence[str | Path] = (),
+    settings: Mapping[str, Any] | None = None,
+    params: str | Path | None = None,
+    test_mask: str = "train_valid",
+    threads: int = 1,
+) -> tuple[tuple[Task, ...], dict[str, int | None]]:
+    """Return a task per variant and seed; those that come to the same run share its folder.
+
+    Args:
+        dataset: name of the data set's folder under ``data_path``.
+        variants: what to run.
+        out: folder of the outputs.
+        seeds: number of training seeds.
         config_files: YAML files of settings for all models.
         settings: settings for all models, which win over the files.
         params: folder with ``MODEL.yaml`` or ``MODEL/best.yaml``, which win over ``config_files``.
         test_mask: ``train_valid`` or ``train``, see :func:`~recbole_slifmr.experiment.run`.
         threads: CPU threads per run; results are the same for the same number only.
 
+    Returns:
+        the tasks, and ``{model: number of trials, or None where unknown}`` for the models with parameters from a file.
+
     Raises:
         SettingError: for anything that cannot be used.
     """
-    if not models:
+    if not variants:
         raise SettingError("no models to run: name at least one")
-    if len(set(models)) < len(models):
-        raise SettingError("a model is named twice")
     if seeds < 1 or threads < 1:
         raise SettingError("seeds and threads must be at least 1")
     if test_mask not in MASKS:
@@ -146,21 +194,44 @@ def make_plan(
     common = {"metrics": METRICS, "topk": TOPK, **(settings or {})}
     if "data_path" in common:
         common["data_path"] = str(Path(common["data_path"]).resolve())
-    root = Path(out)
-    tasks, tuned = [], {}
-    for model in models:
+    own_files: dict[str, tuple[str, ...]] = {}
+    shared: dict[str, dict[str, Any]] = {}
+    tuned: dict[str, int | None] = {}
+    for model in dict.fromkeys(variant.model for variant in variants):
         file = _params_file(params, model)
-        shared = common
+        shared[model] = common
         if file is not None:
             base = make_config(model, dataset, files, common)
-            shared = {**common, **{name: base[name] for name in PROTOCOL}}
+            shared[model] = {**common, **{name: base[name] for name in PROTOCOL}}
             trials = re.search(r"^# trials: (\d+)", file.read_text(encoding="utf-8"), re.MULTILINE)
             tuned[model] = int(trials[1]) if trials else None
-        own = tuple(str(path) for path in (*files, *([file] if file else [])))
+        own_files[model] = tuple(str(path) for path in (*files, *([file] if file else [])))
+    folders: dict[str, Path] = {}
+    tasks = []
+    for variant in variants:
+        model = variant.model
+        values = {**shared[model], **_changed(variant, dataset, own_files[model], shared[model])}
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-            folder = (root / "runs" / f"{model}-{seed}").resolve()
-            tasks.append(Task(model, seed, dataset, folder, own, shared, FIRST_SEED, test_mask, threads))
-    return Benchmark(tuple(tasks), root, "SLIFMR" if "SLIFMR" in models else models[0], tuned, test_mask)
+            folder = (out / "runs" / f"{_file_name(variant.label or model)}-{seed}").resolve()
+            task = Task(
+                model, seed, dataset, folder, own_files[model], values, FIRST_SEED, test_mask, threads, variant.label
+            )
+            tasks.append(replace(task, folder=folders.setdefault(task.key(), folder)))
+    return tuple(tasks), tuned
+
+
+def _changed(
+    variant: Variant, dataset: str, files: Sequence[str | Path], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the variant's settings that are not what they would be anyway: equal runs have equal settings."""
+    if not variant.settings:
+        return {}
+    base = make_config(variant.model, dataset, files, settings)
+    return {name: value for name, value in variant.settings.items() if name not in base or base[name] != value}
+
+
+def _file_name(label: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "_", label)
 
 
 def _params_file(params: str | Path | None, model: str) -> Path | None:
@@ -178,14 +249,15 @@ def manifest(plan: Benchmark, fingerprints: Mapping[str, str]) -> dict[str, Any]
     import torch
 
     settings = {}
-    for task in {task.model: task for task in plan.tasks}.values():
+    for title, task in plan.first_tasks.items():
         config = make_config(**task.arguments)
-        settings[task.model] = {name: str(value) for name, value in sorted(config.final_config_dict.items())}
+        settings[title] = {name: str(value) for name, value in sorted(config.final_config_dict.items())}
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     return {
         "command": shlex.join(sys.argv),
+        "study": plan.name,
         "dataset": plan.tasks[0].dataset,
         "fingerprints": dict(fingerprints),
         "test_mask": plan.test_mask,
@@ -223,7 +295,7 @@ def caption(plan: Benchmark, runs: pd.DataFrame, states: Mapping[str, str]) -> s
     split = "fixed split" if config["benchmark_filename"] else f"split {config['eval_args']['split']}"
     items = "training and validation" if plan.test_mask == "train_valid" else "training"
     tuned = [f"{m} ({n} trials)" if n else f"{m} (trials unknown)" for m, n in plan.tuned.items()]
-    failed = {task.model: states[task.name] for task in plan.tasks if states[task.name] != "done"}
+    failed = {task.title: states[task.name] for task in plan.tasks if states[task.name] != "done"}
     parts = [
         f"{plan.tasks[0].dataset}, {split}, test scores, mean ± standard deviation over {seeds} seeds.",
         f"All models: at most {config['epochs']} epochs, patience {config['stopping_step']} evaluations, best epoch by "
@@ -231,36 +303,60 @@ def caption(plan: Benchmark, runs: pd.DataFrame, states: Mapping[str, str]) -> s
         f"Hyper-parameters from a file: {', '.join(tuned)}; the others have their defaults."
         if tuned
         else "Hyper-parameters: defaults.",
-        f"* p < 0.05, ** p < 0.01 against {plan.reference} (two-sided Wilcoxon signed-rank test over users, Holm).",
-        *(f"{model} failed: {reason}." for model, reason in failed.items()),
+        f"* p < 0.05, ** p < 0.01 against {plan.reference} (two-sided Wilcoxon signed-rank test over users, Holm)."
+        if plan.reference
+        else "",
+        *(f"{title} failed: {reason}." for title, reason in failed.items()),
     ]
-    return " ".join(parts)
+    return " ".join(filter(None, parts))
+
+
+def shown_metrics(runs: pd.DataFrame) -> list[str]:
+    """Return the metrics of the tables."""
+    present = [metric for metric in TABLE if f"test_{metric}" in runs]
+    others = [name.removeprefix("test_") for name in runs if name.startswith("test_") and "/" not in name]
+    return present or others[:4]
 
 
 def write_outputs(plan: Benchmark, runs: pd.DataFrame, users: pd.DataFrame, states: Mapping[str, str]) -> None:
-    """Write ``results.csv``, ``results.json``, ``per_user.parquet``, ``table.md``, ``table.tex`` and the plots."""
+    """Write what :func:`write_runs` does, ``table.md``, ``table.tex`` and ``bars.png``."""
+    metrics = shown_metrics(runs)
     summary = report.summarise(runs)
-    models = [model for model in plan.models if model in summary.index]
-    metrics = [metric for metric in TABLE if f"test_{metric}" in runs] or [
-        column.removeprefix("test_") for column in runs if column.startswith("test_") and "/" not in column
-    ][:4]
-    comparisons, gains = {}, {}
-    if plan.reference in models and len(models) > 1:
+    comparisons = write_runs(plan, runs, users, states)
+    titles = [title for title in plan.titles if title in summary.index]
+    table = report.cells(summary, metrics, comparisons)
+    text = caption(plan, runs, states)
+    (plan.out / "table.md").write_text(report.markdown(titles, metrics, table, text), encoding="utf-8")
+    (plan.out / "table.tex").write_text(report.latex(titles, metrics, table, text), encoding="utf-8")
+    plots.plot_bars(plan.out / "bars.png", summary, metrics)
+
+
+def write_runs(
+    plan: Benchmark, runs: pd.DataFrame, users: pd.DataFrame, states: Mapping[str, str]
+) -> dict[str, list[report.Comparison]]:
+    """Write ``results.csv``, ``results.json``, ``per_user.parquet`` and ``curves.png``.
+
+    Returns:
+        the comparisons with the reference by metric.
+    """
+    summary = report.summarise(runs)
+    metrics = shown_metrics(runs)
+    comparisons: dict[str, list[report.Comparison]] = {}
+    gains = {}
+    if plan.reference in summary.index and len(summary) > 1:
         comparisons = {metric: report.compare(users, metric, plan.reference) for metric in metrics}
         gains = {metric: report.improvement(users, metric, plan.reference) for metric in metrics}
-    text = caption(plan, runs, states)
-    table = report.cells(summary, metrics, comparisons)
     out = plan.out
-    runs.to_csv(out / "results.csv", index=False)
-    users.to_parquet(out / "per_user.parquet", index=False)
+    write_csv(out / "results.csv", runs)
+    replace_file(out / "per_user.parquet", lambda part: users.to_parquet(part, index=False))
     means = {
-        model: {name: {"mean": row[name, "mean"], "std": row[name, "std"]} for name in summary.columns.levels[0]}
-        for model, row in summary.iterrows()
+        title: {name: {"mean": row[name, "mean"], "std": row[name, "std"]} for name in summary.columns.levels[0]}
+        for title, row in summary.iterrows()
     }
     write_json(
         out / "results.json",
         {
-            "caption": text,
+            "caption": caption(plan, runs, states),
             "models": means,
             "comparisons": {metric: [c._asdict() for c in found] for metric, found in comparisons.items()},
             "improvement": {metric: gain._asdict() for metric, gain in gains.items()},
@@ -269,9 +365,7 @@ def write_outputs(plan: Benchmark, runs: pd.DataFrame, users: pd.DataFrame, stat
             "states": dict(states),
         },
     )
-    (out / "table.md").write_text(report.markdown(models, metrics, table, text), encoding="utf-8")
-    (out / "table.tex").write_text(report.latex(models, metrics, table, text), encoding="utf-8")
     curves = {task.name: read_progress(task) for task in plan.tasks if states[task.name] == "done"}
     valid_metric = make_config(**plan.tasks[0].arguments)["valid_metric"].lower()
-    report.plot_curves(out / "curves.png", curves, valid_metric)
-    report.plot_bars(out / "bars.png", summary, metrics)
+    plots.plot_curves(out / "curves.png", curves, valid_metric)
+    return comparisons

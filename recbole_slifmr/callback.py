@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Hooks that do nothing; override those you need."""
+    """Hooks that do nothing; override those you need.
+
+    Attributes:
+        trace: name under which a run's result shows ``history``; None shows nothing.
+        history: what the callback noted, one entry of numbers per event, from the first epoch on.
+    """
+
+    trace: str | None = None
+    history: list[dict[str, float]] = []
 
     def on_train_start(self, trainer: SLIFMRTrainer) -> None:
         """Run once before the first epoch, also of a resumed run."""
@@ -69,18 +77,30 @@ class DiagnosticsCallback(Callback):
     """
 
     LIMITS = {"homogenisation": 0.95, "smoothing": 0.9}
+    trace = "diagnostics"
 
     def __init__(self) -> None:
         self.warned: set[str] = set()
+        self.history = []
 
     def on_epoch_end(self, trainer: SLIFMRTrainer, epoch: int, losses: dict[str, float]) -> None:
         """Measure, write, warn."""
-        for name, value in trainer.model.diagnostics().items():
+        found = trainer.model.diagnostics()
+        self.history.append({"epoch": epoch, **found})
+        for name, value in found.items():
             trainer.tensorboard.add_scalar(f"Diagnostics/{name}", value, epoch)
             limit = self.LIMITS[name]
             if value > limit and name not in self.warned:
                 self.warned.add(name)
                 getLogger().warning(f"epoch {epoch}: {name} is {value:.3f} (above {limit}): representations collapse")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.history = list(state.get("history", []))
 
 
 def refresh_graphs(model: Any) -> Any:
@@ -122,6 +142,8 @@ class SelfLoopCallback(Callback):
         SettingError: for an interval that is neither a positive number nor ``adaptive``.
     """
 
+    trace = "refreshes"
+
     def __init__(
         self,
         first_epoch: int = 0,
@@ -145,6 +167,7 @@ class SelfLoopCallback(Callback):
         self.gap = 1 if self.adaptive else int(self.interval)
         self.next_epoch = self.first_epoch
         self.n_refreshes = 0
+        self.history = []
         self.best_score, self.n_stalled = -math.inf, 0
 
     def on_train_start(self, trainer: SLIFMRTrainer) -> None:
@@ -172,7 +195,9 @@ class SelfLoopCallback(Callback):
             + (f", recall of neighbours {stats.recall:.3f}" if stats.recall < 1 else "")
             + (f", next after epoch {self.next_epoch}" if self.adaptive else "")
         )
-        for name, value in (("edges", stats.edges), ("turnover", stats.turnover), ("seconds", seconds)):
+        entry = {"edges": stats.edges, "turnover": stats.turnover, "seconds": seconds}
+        self.history.append({"epoch": epoch, **entry})
+        for name, value in entry.items():
             trainer.tensorboard.add_scalar(f"Refresh/{name}", value, epoch)
 
     def on_valid_end(self, trainer: SLIFMRTrainer, epoch: int, score: float, result: dict[str, float]) -> None:
@@ -187,7 +212,7 @@ class SelfLoopCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return when the next refresh is due and why."""
-        names = ["next_epoch", "n_refreshes", "best_score", "n_stalled", *(["gap"] if self.adaptive else [])]
+        names = ["next_epoch", "n_refreshes", "best_score", "n_stalled", "history", *(["gap"] if self.adaptive else [])]
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -48,6 +48,7 @@ class Result:
         seconds: of training and validation.
         n_parameters: trainable parameters.
         fingerprints: hash of each split; see :func:`fingerprint`.
+        traces: what the callbacks noted, such as ``refreshes`` and ``diagnostics``, an entry per event.
         per_user: test metrics by user token; None unless ``detailed``.
     """
 
@@ -64,6 +65,7 @@ class Result:
     seconds: float
     n_parameters: int
     fingerprints: dict[str, str]
+    traces: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     per_user: pd.DataFrame | None = field(repr=False, default=None)
 
 
@@ -159,6 +161,7 @@ def run(
         seconds=seconds,
         n_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         fingerprints=prepared.fingerprints(),
+        traces={c.trace: c.history for c in getattr(trainer, "callbacks", ()) if c.trace is not None},
         per_user=per_user,
     )
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import yaml
 
-from recbole_slifmr import report
+from recbole_slifmr import plots, report
 from recbole_slifmr.files import replace_file, write_csv
 from recbole_slifmr.search import Search
 from recbole_slifmr.space import Point
@@ -174,9 +174,9 @@ def plot(search: Search, trials: pd.DataFrame, history: pd.DataFrame) -> pd.Seri
     """Draw the trials, of which the first is the winner; return the importance of the settings."""
     metric = search.metric
     names = list(search.space)
-    report.plot_search(search.out / "history.png", history, trials["trial"].iloc[0], metric)
-    report.plot_parallel(search.out / "parallel.html", trials, names, metric)
+    plots.plot_search(search.out / "history.png", history, trials["trial"].iloc[0], metric)
+    plots.plot_parallel(search.out / "parallel.html", trials, names, metric)
     scores = report.importance(trials, names)
     if scores is not None:
-        report.plot_importance(search.out / "importance.png", scores, metric, int(trials["score"].notna().sum()))
+        plots.plot_importance(search.out / "importance.png", scores, metric, int(trials["score"].notna().sum()))
     return scores

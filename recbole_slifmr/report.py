@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from recbole_slifmr.files import replace_file
+
 SHOWN = {"ndcg": "NDCG", "mrr": "MRR", "map": "MAP"}
 SMALLER_IS_BETTER = ("averagepopularity", "giniindex")
 
@@ -110,6 +112,11 @@ class Cell(NamedTuple):
     mark: str
 
 
+def stars(p: float) -> str:
+    """Return the mark of a p-value: ``*`` below 0.05, ``**`` below 0.01."""
+    return "**" if p < 0.01 else "*" if p < 0.05 else ""
+
+
 def cells(
     summary: pd.DataFrame, metrics: Sequence[str], comparisons: dict[str, list[Comparison]]
 ) -> dict[tuple[str, str], Cell]:
@@ -130,7 +137,7 @@ def cells(
                 summary.loc[model, (name, "std")],
                 rank[model] == 1,
                 rank[model] == 2,
-                "**" if p < 0.01 else "*" if p < 0.05 else "",
+                stars(p),
             )
     return table
 
@@ -180,48 +187,58 @@ def _escape(text: str) -> str:
     return text
 
 
-def plot_curves(path: Path, curves: dict[str, list[tuple[int, float, float]]], metric: str) -> None:
-    """Draw the validation score by epoch and by time, a line per run, a colour per model.
+# -- studies ------------------------------------------------------------------------------------------------------
+
+
+def write_tables(
+    folder: Path, sections: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]], text: str
+) -> None:
+    """Write ``table.md`` and ``table.tex``.
 
     Args:
-        path: of the picture.
-        curves: ``{model-seed: [(epoch, seconds, score)]}``.
-        metric: what the score is.
+        folder: where to.
+        sections: heading (empty for none), column titles and rows of each table.
+        text: how the numbers came about.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    models = list(dict.fromkeys(name.rpartition("-")[0] for name in curves))
-    for name, points in curves.items():
-        model, _, _ = name.rpartition("-")
-        colour, first = f"C{models.index(model)}", next(n for n in curves if n.rpartition("-")[0] == model) == name
-        epochs, seconds, scores = np.array(points, dtype=float).reshape(-1, 3).T
-        for axis, x in zip(axes, (epochs, seconds), strict=True):
-            axis.plot(x, scores, color=colour, label=model if first else None, alpha=0.8, linewidth=1.2)
-    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].set(xlabel="epoch", ylabel=f"validation {metric_title(metric)}")
-    axes[1].set(xlabel="seconds")
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=150, format="png")
+    lines, tex = [], [r"% " + text]
+    for heading, header, rows in sections:
+        lines += [f"### {heading}", ""] * bool(heading)
+        lines += ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+        lines += ["| " + " | ".join(cell.replace("*", r"\*") for cell in row) + " |" for row in rows] + [""]
+        tex += [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", rf"% {heading}", r"\toprule"]
+        tex += [" & ".join(map(_escape, header)) + r" \\", r"\midrule"]
+        tex += [" & ".join(map(_escape, row)) + r" \\" for row in rows] + [r"\bottomrule", r"\end{tabular}", ""]
+    replace_file(folder / "table.md", lambda part: part.write_text("\n".join([*lines, text, ""]), encoding="utf-8"))
+    replace_file(folder / "table.tex", lambda part: part.write_text("\n".join(tex), encoding="utf-8"))
 
 
-def plot_bars(path: Path, summary: pd.DataFrame, metrics: Sequence[str]) -> None:
-    """Draw the test score of every model, a panel per metric, the standard deviation over seeds as error bar."""
-    from matplotlib.figure import Figure
+def loss_difference(
+    users: pd.DataFrame, metric: str, one: tuple[str, str], other: tuple[str, str], n_resamples: int = 2000
+) -> tuple[float, float, float] | None:
+    """Return how much larger one model's relative loss is than another's, with a 95% bootstrap interval over users.
 
-    figure = Figure(figsize=(3.2 * len(metrics), 3.4), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(metrics)))
-    for axis, metric in zip(axes, metrics, strict=True):
-        mean, std = summary[f"test_{metric}", "mean"], summary[f"test_{metric}", "std"].fillna(0)
-        axis.bar(range(len(mean)), mean, yerr=std, capsize=3, color=[f"C{i}" for i in range(len(mean))])
-        axis.set_xticks(range(len(mean)), list(mean.index), rotation=45, ha="right")
-        axis.set_title(metric_title(metric))
-    figure.savefig(path, dpi=150, format="png")
+    Args:
+        users: one row per run and user.
+        metric: what is lost.
+        one: titles of the model without and with noise.
+        other: titles of the other model without and with noise.
+        n_resamples: of the bootstrap.
 
+    Returns:
+        difference, low and high; None if a run is missing.
+    """
+    table = user_means(users, metric)
+    if not {*one, *other} <= set(table):
+        return None
 
-# -- searches -----------------------------------------------------------------------------------------------------
+    def difference(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, axis: int = -1) -> Any:
+        return d.mean(axis=axis) / c.mean(axis=axis) - b.mean(axis=axis) / a.mean(axis=axis)
+
+    scores = tuple(table[title].to_numpy() for title in (*one, *other))
+    found = stats.bootstrap(
+        scores, difference, paired=True, n_resamples=n_resamples, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return float(difference(*scores)), float(found.low), float(found.high)
 
 
 def importance(trials: pd.DataFrame, names: Sequence[str]) -> pd.Series | None:
@@ -257,55 +274,3 @@ def as_numbers(column: pd.Series) -> tuple[pd.Series, list[str] | None]:
         return column.astype(float), None
     values = sorted({str(value) for value in column.dropna()})
     return column.map(lambda value: values.index(str(value)), na_action="ignore").astype(float), values
-
-
-def plot_search(path: Path, history: pd.DataFrame, winner: str, metric: str) -> None:
-    """Draw the validation score of every trial by epoch; the winner stands out."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    for name, points in history.groupby("trial", sort=False):
-        first = name == winner
-        axis.plot(points["epoch"], points["score"], color="C1" if first else "C0", alpha=1.0 if first else 0.4,
-                  linewidth=2.0 if first else 1.0, zorder=3 if first else 2, marker=".", markersize=3,
-                  label=f"{name}: {points['best_score'].iloc[-1]:.4f}" if first else None)  # fmt: skip
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set(xlabel="epoch", ylabel=f"validation {metric_title(metric)}")
-    axis.legend(frameon=False, title="best trial")
-    figure.savefig(path, dpi=150, format="png")
-
-
-def plot_importance(path: Path, scores: pd.Series, metric: str, n_trials: int) -> None:
-    """Draw the importance of each setting, see :func:`importance`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 0.9 + 0.28 * len(scores)), layout="constrained")
-    axis = figure.subplots()
-    axis.barh(range(len(scores)), scores.to_numpy()[::-1], color="C0")
-    axis.set_yticks(range(len(scores)), list(scores.index[::-1]))
-    axis.set(xlabel=f"importance for validation {metric_title(metric)} ({n_trials} trials)", xlim=(0, 1))
-    figure.savefig(path, dpi=150, format="png")
-
-
-def plot_parallel(path: Path, trials: pd.DataFrame, names: Sequence[str], metric: str) -> None:
-    """Write a page with a line per scored trial through its settings to its score; it needs no network to open."""
-    import plotly.graph_objects as graphs
-
-    scored = trials[trials["score"].notna()]
-    axes = []
-    for name in [name for name in names if name in scored]:
-        values, labels = as_numbers(scored[name])
-        axis: dict[str, Any] = {"label": name, "values": values}
-        if labels is not None:
-            axis |= {"tickvals": list(range(len(labels))), "ticktext": labels}
-        elif values.min() > 0 and values.max() / values.min() >= 50:
-            ticks = np.unique(np.round(np.log10(values.dropna()), 1))
-            axis |= {"values": np.log10(values), "tickvals": ticks, "ticktext": [f"{10**tick:.1e}" for tick in ticks]}
-        axes.append(axis)
-    axes.append({"label": metric_title(metric), "values": scored["score"]})
-    line = {"color": scored["score"], "colorscale": "Viridis", "showscale": True}
-    figure = graphs.Figure(graphs.Parcoords(line=line, dimensions=axes))
-    figure.update_layout(title=f"{len(scored)} trials, validation {metric_title(metric)}", font={"size": 14})
-    path.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")

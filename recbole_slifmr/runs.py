@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Task:
         split_seed: of a random split, the same for all runs.
         test_mask: see :func:`~recbole_slifmr.experiment.run`.
         threads: of the CPU; fixed, because sums in another order differ in the last digit.
+        label: what the tables call it; the model if empty. The result does not depend on it.
     """
 
     model: str
@@ -55,15 +57,28 @@ class Task:
     split_seed: int = 2020
     test_mask: str = "train_valid"
     threads: int = 1
+    label: str = ""
+
+    @property
+    def title(self) -> str:
+        """What the tables call it."""
+        return self.label or self.model
 
     @property
     def name(self) -> str:
-        """Model and seed."""
-        return f"{self.model}-{self.seed}"
+        """Title and seed."""
+        return f"{self.title}-{self.seed}"
+
+    @property
+    def data(self) -> str:
+        """What the training data depend on beside the data set: runs with the same must have the same splits."""
+        noise = self.settings.get("noise")
+        return json.dumps([noise, self.seed if noise else None, self.settings.get("cold_items")], sort_keys=True)
 
     def key(self) -> str:
         """Return a hash of all that the result depends on, the content of the config files included."""
         content = {**asdict(self), "folder": None, "files": [Path(file).read_text() for file in self.config_files]}
+        del content["label"]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
@@ -147,29 +162,29 @@ def read_progress(task: Task) -> list[tuple[int, float, float]]:
 
 
 def check(tasks: Iterable[Task]) -> dict[str, str]:
-    """Build data and model of every model once; return the fingerprint of each split, which all must share.
+    """Build data and model of every variant once; return the fingerprint of each split of the first.
 
     Raises:
-        SettingError, DataError: for a model, setting or file that cannot be used, or data that differ between models.
+        SettingError, DataError: for a model, setting or file that cannot be used, or splits that differ where they must
+            not.
     """
     from recbole_slifmr.experiment import make_config, prepare
 
-    first: tuple[str, dict[str, str]] | None = None
-    for task in {task.model: task for task in tasks}.values():
+    seen: dict[str, tuple[str, dict[str, str]]] = {}
+    for task in {task.title: task for task in tasks}.values():
         try:
             prepared = prepare(make_config(**task.arguments), task.split_seed)
         except (DataError, SettingError) as error:
-            raise type(error)(f"{task.model}: {error}") from error
+            raise type(error)(f"{task.title}: {error}") from error
         finally:
             shutil.rmtree(task.checkpoint_dir, ignore_errors=True)
             with contextlib.suppress(OSError):
                 task.folder.rmdir()  # unless an earlier run left its files there
-        found = prepared.fingerprints()
-        first = first or (task.model, found)
-        _compare(first, (task.model, found))
-    if first is None:
+        found = (task.title, prepared.fingerprints())
+        _compare(seen.setdefault(task.data, found), found)
+    if not seen:
         raise SettingError("no models to run")
-    return first[1]
+    return next(iter(seen.values()))[1]
 
 
 def _compare(one: tuple[str, dict[str, str]], other: tuple[str, dict[str, str]]) -> None:
@@ -193,7 +208,7 @@ def run_all(
     """Run the tasks that have no result yet; one that fails does not stop the others.
 
     Args:
-        tasks: what to run.
+        tasks: what to run; tasks with the same folder are one run under several names.
         jobs: how many at a time; more than one runs them as Ray tasks.
         address: of a running Ray cluster that sees the same files.
         on_tick: called about twice a second with the state of each task by name.
@@ -202,13 +217,42 @@ def run_all(
         ``{name: "done" | reason of failure}``.
     """
     states = {task.name: "done" if read_result(task) else "waiting" for task in tasks}
-    waiting = [task for task in tasks if states[task.name] == "waiting"]
-    runner = _run_with_ray(waiting, jobs, address) if jobs > 1 or address else _run_serially(waiting)
+    sharing: dict[Path, list[str]] = {}
+    for task in tasks:
+        sharing.setdefault(task.folder, []).append(task.name)
+    waiting = {task.name: task for task in tasks if states[task.name] == "waiting"}
+    todo = [task for name, task in waiting.items() if sharing[task.folder][0] == name]
+    runner = _run_with_ray(todo, jobs, address) if jobs > 1 or address else _run_serially(todo)
     on_tick(states)
     for name, state in runner:
-        states[name] = state
+        states.update(dict.fromkeys(sharing[waiting[name].folder], state))
         on_tick(states)
     return states
+
+
+def take_over(tasks: Sequence[Task], folders: Iterable[Path]) -> int:
+    """Copy finished runs of just these tasks from other outputs; return how many.
+
+    Args:
+        tasks: those that have a result already are left alone.
+        folders: output folders of benchmarks and studies.
+
+    Raises:
+        SettingError: if a folder holds no runs.
+    """
+    wanted = {task.key(): task for task in tasks if read_result(task) is None}
+    count = 0
+    for folder in folders:
+        if not (folder / "runs").is_dir():
+            raise SettingError(f"reuse: {folder} holds no runs of a benchmark or study")
+        for file in sorted((folder / "runs").glob("*/result.json")):
+            task = wanted.pop(json.loads(file.read_text()).get("key"), None)
+            if task is not None:
+                task.folder.mkdir(parents=True, exist_ok=True)
+                for name in ("progress.jsonl", "per_user.parquet", "result.json"):  # what counts as done comes last
+                    replace_file(task.folder / name, partial(shutil.copyfile, file.parent / name))
+                count += 1
+    return count
 
 
 def _outcome(task: Task, status: int | None = None) -> str:
@@ -305,17 +349,17 @@ def collect(tasks: Sequence[Task]) -> tuple[pd.DataFrame, pd.DataFrame]:
         DataError: if the runs saw different data.
     """
     rows, users = [], []
-    first: tuple[str, dict[str, str]] | None = None
+    seen: dict[str, tuple[str, dict[str, str]]] = {}
     for task in tasks:
         result = read_result(task)
         if result is None:
             continue
-        first = first or (task.name, result["fingerprints"])
-        _compare(first, (task.name, result["fingerprints"]))
+        found = (task.name, result["fingerprints"])
+        _compare(seen.setdefault(task.data, found), found)
         scores = {f"{split}_{name}": value for split in ("valid", "test") for name, value in result[split].items()}
         rows.append(
             {
-                "model": task.model,
+                "model": task.title,
                 "seed": task.seed,
                 **scores,
                 "epochs": result["n_epochs"],
@@ -324,8 +368,23 @@ def collect(tasks: Sequence[Task]) -> tuple[pd.DataFrame, pd.DataFrame]:
                 "seconds_per_epoch": result["seconds"] / max(result["n_epochs"], 1),
                 "peak_memory_mb": result["peak_memory_mb"],
                 "n_parameters": result["n_parameters"],
+                **_from_traces(result),
             }
         )
         frame = pd.read_parquet(task.folder / "per_user.parquet").reset_index()
-        users.append(frame.assign(model=task.model, seed=task.seed))
+        users.append(frame.assign(model=task.title, seed=task.seed))
     return pd.DataFrame(rows), pd.concat(users, ignore_index=True) if users else pd.DataFrame()
+
+
+def _from_traces(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return refreshes, their seconds and the signs of failure at the best epoch, as far as the model has them."""
+    found: dict[str, float] = {}
+    traces = result.get("traces", {})
+    if "refreshes" in traces:
+        seconds = [entry["seconds"] for entry in traces["refreshes"]]
+        found |= {"refreshes": len(seconds), "refresh_seconds": sum(seconds)}
+    best = max(result["curve"], key=lambda point: point[2])[0] if result["curve"] else None
+    for entry in traces.get("diagnostics", ()):
+        if entry["epoch"] == best:
+            found |= {name: value for name, value in entry.items() if name != "epoch"}
+    return found

@@ -241,7 +241,7 @@ def test_without_recbole_the_import_says_how_to_install_it(tmp_path):
 
 LAYERS = [
     {"errors", "files", "paths"},
-    {"graph", "layers", "loss", "diagnostics", "compat", "report", "distributed", "memory", "space", "sparse"},
+    {"graph", "layers", "loss", "diagnostics", "compat", "report", "plots", "distributed", "memory", "space", "sparse"},
     {"encoder", "data"},
     {"model", "callback"},
     {"trainer"},
@@ -249,7 +249,7 @@ LAYERS = [
     {"experiment"},
     {"runs", "search"},
     {"trial", "outcome", "benchmark"},
-    {"tune"},
+    {"tune", "study"},
     {"cli"},
 ]
 PURE = ("graph", "layers", "loss", "diagnostics", "encoder", "space", "sparse")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import Any
 
 import click
 
-from recbole_slifmr.cli.live import LiveTable
-from recbole_slifmr.cli.settings import FREE_SETTINGS, parse_settings, with_options
+from recbole_slifmr.cli.live import run_live
+from recbole_slifmr.cli.settings import FREE_SETTINGS, parse_settings, split_names, with_options
 from recbole_slifmr.errors import UnknownSettingWarning
 from recbole_slifmr.evaluation import MASKS
 
@@ -20,6 +19,7 @@ from recbole_slifmr.evaluation import MASKS
     click.option("--models", "-m", required=True, help="Names with commas between them: SLIFMR,LightGCN,KGAT,LATTICE."),
     click.option("--seeds", default=5, show_default=True, help="Training seeds per model."),
     click.option("--out", default="benchmark", show_default=True, help="Folder of the outputs; finished runs stay."),
+    click.option("--reuse", multiple=True, help="Outputs of a benchmark or study whose equal runs are taken over."),
     click.option("--config_files", "--config-files", default="", help="YAML files of settings for all models."),
     click.option("--params", default=None, help="Folder with MODEL.yaml or MODEL/best.yaml: tuned settings."),
     click.option("--test_mask", "--test-mask", default=MASKS[0], show_default=True, type=click.Choice(MASKS),
@@ -37,17 +37,12 @@ def benchmark_command(context: click.Context, dataset: str, models: str, config_
     from recbole_slifmr.benchmark import make_plan, run_plan
 
     warnings.simplefilter("error", UnknownSettingWarning)
-    names = [name.strip() for name in models.split(",") if name.strip()]
-    running = {name: options.pop(name) for name in ("jobs", "address")}
+    running = {name: options.pop(name) for name in ("jobs", "address", "reuse")}
     plan = make_plan(
-        dataset, names, config_files=config_files.split(), settings=parse_settings(context.args), **options
+        dataset,
+        split_names(models),
+        config_files=config_files.split(),
+        settings=parse_settings(context.args),
+        **options,
     )
-    with LiveTable(plan.tasks) as live:
-        run_plan(plan, on_tick=live.update, **running)
-    failed = [name for name, state in live.states.items() if state != "done"]
-    table = plan.out / "table.md"
-    if table.is_file():
-        click.echo(table.read_text(encoding="utf-8"))
-        click.echo(f"outputs: {os.path.relpath(plan.out)}")
-    if len(failed) == len(live.states):
-        raise click.ClickException(f"every run failed; the first: {live.states[failed[0]]}")
+    run_live(plan, lambda on_tick: run_plan(plan, on_tick=on_tick, **running))

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from recbole_slifmr.benchmark import Benchmark
 from recbole_slifmr.runs import Task, read_progress
+
+MOST_LINES = 12
 
 
 class LiveTable:
-    """One line per run: a progress bar, epochs so far, best validation score, state."""
+    """One line per run: a progress bar, epochs so far, best validation score, state.
+
+    Of more than ``MOST_LINES`` runs, those that run or failed, and how many are in which state.
+    """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tasks
@@ -35,7 +44,12 @@ class LiveTable:
 
     def _table(self) -> Table:
         table = Table("run", "progress", "epochs", "best validation", "state", box=None)
-        for task in self.tasks:
+        counts = Counter(self._word(task) for task in self.tasks)
+        shown = list(self.tasks)
+        if len(shown) > MOST_LINES:
+            table.caption = ", ".join(f"{number} {word}" for word, number in counts.items())
+            shown = [task for task in shown if self._word(task) in ("running", "failed")][:MOST_LINES]
+        for task in shown:
             points = read_progress(task)
             state = self.states.get(task.name, "waiting")
             n_epochs = int(task.settings.get("epochs", 300))
@@ -44,3 +58,27 @@ class LiveTable:
             bar = ProgressBar(total=n_epochs, completed=done, width=24)
             table.add_row(task.name, bar, str(len(points) or ""), best, state)
         return table
+
+    def _word(self, task: Task) -> str:
+        state = self.states.get(task.name, "waiting")
+        return state if state in ("done", "running", "waiting") else "failed"
+
+
+def run_live(plan: Benchmark, run: Callable[[Callable[[Mapping[str, str]], None]], Any]) -> None:
+    """Show the runs of a plan as they go, then print its table and where the outputs are.
+
+    Args:
+        plan: what is run.
+        run: runs it; called with what is to be told the states of the runs.
+
+    Raises:
+        click.ClickException: if every run failed.
+    """
+    with LiveTable(plan.tasks) as live:
+        run(live.update)
+    failed = [name for name, state in live.states.items() if state != "done"]
+    table = plan.out / "table.md"
+    if len(failed) == len(live.states):
+        raise click.ClickException(f"every run failed; the first: {live.states[failed[0]]}")
+    click.echo(table.read_text(encoding="utf-8"))
+    click.echo(f"outputs: {os.path.relpath(plan.out)}")

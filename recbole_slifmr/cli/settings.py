@@ -60,3 +60,8 @@ def with_options(*options: Any) -> Any:
         return function
 
     return decorate
+
+
+def split_names(text: str) -> list[str]:
+    """Read names with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -256,7 +256,12 @@ class SLIFMRDataset(KnowledgeBasedDataset):
             modalities = find_modalities(folder)
         if not isinstance(modalities or {}, dict):
             raise DataError(f"modalities must be 'auto' or a mapping of name to file, not {modalities!r}")
-        features = load_features(modalities or {}, folder, item_file, self.field2token_id[self.iid_field])
+        modalities = dict(modalities or {})
+        for name in self.config["exclude_modalities"] or []:
+            if name not in modalities:
+                raise DataError(f"exclude_modalities: there is no modality '{name}', only {', '.join(modalities)}")
+            del modalities[name]
+        features = load_features(modalities, folder, item_file, self.field2token_id[self.iid_field])
         kinds = self.noise.of("feature")
         if kinds and not features:
             raise SettingError(f"noise: {kinds[0]} needs item features, and '{self.dataset_name}' has none in {folder}")

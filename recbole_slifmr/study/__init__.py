@@ -1,0 +1,1 @@
+"""Studies: named lists of setting overrides, run with the benchmark's machinery."""

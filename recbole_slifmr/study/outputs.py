@@ -1,0 +1,250 @@
+"""What a study leaves behind, beside what every benchmark does: its own table and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from recbole_slifmr import plots, report
+from recbole_slifmr.benchmark import caption, run_plan, shown_metrics, write_outputs, write_runs
+from recbole_slifmr.experiment import load_data, make_config
+from recbole_slifmr.files import write_csv
+from recbole_slifmr.runs import read_result
+from recbole_slifmr.study.plan import Study
+
+
+def run_study(study: Study, **running: Any) -> pd.DataFrame:
+    """Run what is left of a study and write its outputs.
+
+    Args:
+        study: what to run.
+        running: the other arguments of :func:`~recbole_slifmr.benchmark.run_plan`.
+
+    Returns:
+        one row per finished run: ``variant``, ``seed``, what sets the variant apart, and what was measured.
+
+    Raises:
+        SettingError, DataError: for anything that cannot be used, before anything is trained.
+    """
+    run_plan(study, write=_write, **running)
+    table = study.out / "results.csv"
+    return pd.read_csv(table) if table.is_file() else pd.DataFrame()
+
+
+def _write(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: Mapping[str, str]) -> None:
+    if study.kind == "variants":
+        write_outputs(study, runs, users, states)
+    else:
+        write_runs(study, runs, users, states)
+        TABLES[study.kind](study, with_factors(study, runs), users, states)
+    write_csv(study.out / "results.csv", with_factors(study, runs))
+
+
+def with_factors(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs with a column ``variant`` (their title) and one for everything that sets the variants apart."""
+    factors = pd.DataFrame([study.factors[title] for title in runs["model"]], index=runs.index)
+    return pd.concat(
+        [runs["model"].rename("variant"), factors, runs.drop(columns=["model", *factors.columns], errors="ignore")],
+        axis=1,
+    )
+
+
+def _heading(study: Study, runs: pd.DataFrame, states: Mapping[str, str]) -> str:
+    renamed = runs.drop(columns="model", errors="ignore").rename(columns={"variant": "model"})
+    return f"{study.heading}. {caption(study, renamed, states)}"
+
+
+def _two(metrics: list[str]) -> list[str]:
+    """Return the first Recall and the first NDCG of the tables, or the first two of whatever there is."""
+    chosen = [metric for metric in metrics if metric.startswith(("recall", "ndcg"))]
+    return (chosen or metrics)[:2]
+
+
+def _spread(values: pd.Series, digits: int = 4, scale: float = 1.0) -> str:
+    """Return mean ± standard deviation."""
+    values = values.dropna() * scale
+    if values.empty:
+        return ""
+    spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"
+
+
+# -- robustness ---------------------------------------------------------------------------------------------------
+
+
+def relative_losses(runs: pd.DataFrame, metric: str) -> pd.Series:
+    """Return, for every run, the share of its score without noise (same model and seed) that it has lost."""
+    column = f"test_{metric}"
+    clean = runs[runs["level"] == 0].drop_duplicates(["model", "seed"]).set_index(["model", "seed"])[column]
+    before = pd.Series(pd.MultiIndex.from_frame(runs[["model", "seed"]]).map(clean), index=runs.index, dtype=float)
+    return 1 - runs[column] / before
+
+
+def _robustness(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: Mapping[str, str]) -> None:
+    metrics = _two(shown_metrics(runs))
+    models = list(dict.fromkeys(runs["model"]))
+    kinds = list(dict.fromkeys(runs["noise"]))
+    levels = sorted(set(runs["level"]))
+    main = "SLIFMR" if "SLIFMR" in models else models[0]
+    top = levels[-1]
+    losses = {metric: relative_losses(runs, metric) for metric in metrics}
+    sections = []
+    for kind in kinds:
+        for metric in metrics:
+            rows = []
+            for model in models:
+                of_model = (runs["model"] == model) & (runs["noise"] == kind)
+                at = {level: of_model & (runs["level"] == level) for level in levels}
+                row = [model, *(_spread(runs.loc[at[level], f"test_{metric}"]) for level in levels)]
+                row += [_spread(losses[metric][at[level]], 1, 100) for level in levels[1:]]
+                row.append("" if model == main else _more_lost(users, metric, model, main, kind, top))
+                rows.append(row)
+            title = report.metric_title(metric)
+            header = ["model", *(f"{title}, {level:.0%}" for level in levels)]
+            header += [*(f"loss at {level:.0%}, %" for level in levels[1:]), f"more than {main} at {top:.0%}, points"]
+            sections.append((f"{kind}, {title}", header, rows))
+    text = _heading(study, runs, states) + (
+        " Noise is in the training inputs only, the same for every model; its draw changes with the seed. Loss: share "
+        "of the same seed's score without noise. Last column: with a 95% bootstrap interval over users."
+    )
+    report.write_tables(study.out, sections, text)
+    plots.plot_robustness(study.out / "robustness.png", runs, losses, metrics[0])
+
+
+def _more_lost(users: pd.DataFrame, metric: str, model: str, main: str, kind: str, level: float) -> str:
+    one, other = ((f"{name} {kind}=0", f"{name} {kind}={level:g}") for name in (model, main))
+    found = report.loss_difference(users, metric, one, other)
+    return "" if found is None else f"{100 * found[0]:+.1f} [{100 * found[1]:.1f}, {100 * found[2]:.1f}]"
+
+
+def write_data(study: Study) -> list[Path]:
+    """Write the noisy data of a study as atomic files, once per kind, level and seed.
+
+    Returns:
+        the folders, each a data set with a fixed split.
+    """
+    from recbole_slifmr.data.noise import write_atomic  # type: ignore[attr-defined]
+
+    folders = {}
+    for task in study.tasks:
+        if task.settings.get("noise") and task.data not in folders:
+            factors = study.factors[task.title]
+            name = f"{factors['noise']}={factors['level']:g}-{task.seed}"
+            folder = study.out / "data" / name / task.dataset
+            if not folder.is_dir():
+                parts = [loader._dataset for loader in load_data(make_config(**task.arguments), task.split_seed)]
+                write_atomic(parts, folder, task.dataset)
+            folders[task.data] = folder
+    return list(folders.values())
+
+
+# -- refresh interval ---------------------------------------------------------------------------------------------
+
+
+def _interval(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: Mapping[str, str]) -> None:
+    metrics = _two(shown_metrics(runs))
+    comparisons: dict[str, dict[str, float]] = {}
+    if study.reference:
+        comparisons = {
+            metric: {c.model: c.p_wilcoxon for c in report.compare(users, metric, study.reference)}
+            for metric in metrics
+        }
+    rows = []
+    for title, group in runs.groupby("variant", sort=False):
+        share = group["refresh_seconds"].fillna(0) / group["seconds"]
+        scores = [
+            _spread(group[f"test_{metric}"]) + report.stars(comparisons.get(metric, {}).get(title, 1.0))
+            for metric in metrics
+        ]
+        rows.append(
+            [title, *scores, _spread(group["refreshes"].fillna(0), 1), _spread(group["epochs"], 1),
+             _spread(group["seconds_per_epoch"], 2), f"{100 * share.mean():.1f}", _spread(group["seconds"], 0)]
+        )  # fmt: skip
+    header = ["refresh", *map(report.metric_title, metrics), "refreshes", "epochs", "seconds per epoch",
+              "share of time in refreshes, %", "seconds in all"]  # fmt: skip
+    text = _heading(study, runs, states) + " Seconds are of training with validation. " + _within_spread(runs, metrics)
+    report.write_tables(study.out, [("", header, rows)], text)
+    turnover = {
+        task.name: [(entry["epoch"], entry["turnover"]) for entry in (read_result(task) or {})["traces"]["refreshes"]]
+        for task in study.tasks
+        if states[task.name] == "done" and "refreshes" in (read_result(task) or {}).get("traces", {})
+    }
+    plots.plot_turnover(study.out / "turnover.png", turnover)
+    plots.plot_cost(study.out / "cost.png", runs, metrics[0])
+
+
+def _within_spread(runs: pd.DataFrame, metrics: list[str]) -> str:
+    """Say whether the adaptive interval reaches the score of refreshing every epoch within the seeds' spread."""
+    every, adaptive = (runs[runs["interval"].astype(str) == name] for name in ("1", "adaptive"))
+    if every.empty or adaptive.empty or len(every) < 2:
+        return ""
+    parts = []
+    for metric in metrics:
+        one, other = every[f"test_{metric}"], adaptive[f"test_{metric}"]
+        difference = other.mean() - one.mean()
+        verdict = "within" if abs(difference) <= one.std() or difference > 0 else "below"
+        parts.append(
+            f"{report.metric_title(metric)} {difference:+.4f} ({verdict} the seeds' spread of {one.std():.4f})"
+        )
+    refreshes = f"{adaptive['refreshes'].mean():.1f} refreshes instead of {every['refreshes'].mean():.1f}"
+    return f"Adaptive against every epoch: {', '.join(parts)}, with {refreshes}."
+
+
+# -- sensitivity --------------------------------------------------------------------------------------------------
+
+
+def _sensitivity(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: Mapping[str, str]) -> None:
+    metrics = _two(shown_metrics(runs))
+    signs = [name for name in ("homogenisation", "smoothing") if name in runs and runs[name].notna().any()]
+    rows = [
+        [title, *(_spread(group[f"test_{metric}"]) for metric in metrics), *(_spread(group[s], 3) for s in signs)]
+        for title, group in runs.groupby("variant", sort=False)
+    ]
+    header = ["setting", *map(report.metric_title, metrics), *signs]
+    text = _heading(study, runs, states) + (
+        " Homogenisation: mean cosine between the views of an item; smoothing: mean cosine between random items; both "
+        "at the best epoch." if signs else ""
+    )  # fmt: skip
+    report.write_tables(study.out, [("", header, rows)], text)
+    plots.plot_sensitivity(study.out / "sensitivity.png", runs, metrics[0], signs)
+
+
+# -- cold items ---------------------------------------------------------------------------------------------------
+
+
+def _coldstart(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: Mapping[str, str]) -> None:
+    columns = {
+        f"{metric}/{group}": f"{report.metric_title(metric)}, {words}"
+        for metric in _two(shown_metrics(runs))
+        for group, words in (("cold", "cold items among all"), ("among_cold", "among cold"), ("warm", "warm items"))
+        if f"test_{metric}/{group}" in runs
+    }
+    rows = []
+    for title, group in runs.groupby("variant", sort=False):
+        rows.append([title, *(_spread(group[f"test_{name}"]) or "cannot score them" for name in columns)])
+    share = make_config(**study.tasks[0].arguments)["cold_items"]
+    text = _heading(study, runs, states) + (
+        f" {share:.0%} of the items are cold: all their interactions are in validation and test. Among all: only cold "
+        "held-out items count, ranked among all items; among cold: ranked among cold items."
+    )
+    report.write_tables(study.out, [("", ["model", *columns.values()], rows)], text)
+    _plot_cold(study.out / "cold.png", runs, columns)
+
+
+def _plot_cold(path: Path, runs: pd.DataFrame, columns: Mapping[str, str]) -> None:
+    shown = [name for name in columns if name.startswith(next(iter(columns)).partition("/")[0])]
+    summary = report.summarise(
+        runs[["variant", "seed", *(f"test_{name}" for name in shown)]].rename(columns={"variant": "model"})
+    )
+    plots.plot_bars(path, summary.fillna(0), shown, [columns[name] for name in shown])
+
+
+TABLES: dict[str, Callable[[Study, pd.DataFrame, pd.DataFrame, Mapping[str, str]], None]] = {
+    "robustness": _robustness,
+    "interval": _interval,
+    "sensitivity": _sensitivity,
+    "coldstart": _coldstart,
+}

@@ -1,0 +1,228 @@
+"""Studies: definitions to runs, runs to tables; the full model's row is the benchmark's run."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import write_tiny
+
+from recbole_slifmr import report
+from recbole_slifmr.benchmark import Variant, benchmark, make_plan, make_tasks
+from recbole_slifmr.cli import main
+from recbole_slifmr.errors import SettingError
+from recbole_slifmr.runs import read_result
+from recbole_slifmr.study.outputs import relative_losses, run_study, write_data
+from recbole_slifmr.study.plan import make_study, read_study, study_names
+
+SETTINGS = {"epochs": 2, "topk": [5, 10], "train_batch_size": 64, "valid_metric": "Recall@10"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_tiny(tmp_path)
+    return tmp_path
+
+
+def study_of(folder, name="ablation", changes=None, **arguments):
+    settings = {**SETTINGS, "data_path": str(folder), **arguments.pop("settings", {})}
+    return make_study(name, "tiny", changes, **{"seeds": 1, "out": folder / "out", "settings": settings, **arguments})
+
+
+def own_study(folder, **content):
+    file = folder / "mine.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return str(file)
+
+
+# -- from a definition to runs ---------------------------------------------------------------------------------------
+
+
+def test_the_package_brings_the_papers_studies():
+    assert study_names() == ["ablation", "coldstart", "interval", "robustness", "sensitivity"]
+    for name in study_names():
+        assert read_study(name)["title"]
+
+
+def test_ablation_has_a_variant_per_modality_and_the_full_model_is_the_benchmark_s_run(folder):
+    study = study_of(folder, seeds=2)
+    assert {"without text", "without image", "shuffled knowledge graph (control)"} <= set(study.titles)
+    assert study.first_tasks["without text"].settings["exclude_modalities"] == ["text"]
+    plan = make_plan("tiny", ["SLIFMR"], seeds=2, out=folder / "bench", settings={**SETTINGS, "data_path": str(folder)})
+    full = [task for task in study.tasks if task.title == "full model"]
+    assert [task.key() for task in full] == [task.key() for task in plan.tasks]
+
+
+def test_variants_about_inputs_that_are_not_there_are_left_out(folder):
+    for file in ("tiny.kg", "tiny.link", "text.npy", "image.npy"):
+        (folder / "tiny" / file).unlink()
+    titles = study_of(folder).titles
+    assert "without self-loop" in titles
+    assert not [title for title in titles if "knowledge" in title or "feature" in title or "modality" in title]
+
+
+def test_variants_that_are_the_full_model_share_its_run(folder):
+    tasks = study_of(folder).first_tasks
+    assert tasks["fusion: attention"].folder == tasks["full model"].folder
+    assert tasks["fusion: sum"].folder != tasks["full model"].folder
+
+
+def test_noise_that_a_model_does_not_read_is_no_run_of_its_own(folder):
+    changes = {"models": ["SLIFMR", "LightGCN"], "kinds": ["interaction", "kg"], "levels": [0, 0.2]}
+    study = study_of(folder, "robustness", changes)
+    tasks = study.first_tasks
+    assert tasks["LightGCN kg_tail=0.2"].folder == tasks["LightGCN interaction_add=0"].folder
+    assert tasks["SLIFMR kg_tail=0.2"].settings["noise"] == {"kg_tail": 0.2}
+    assert len({task.folder for task in study.tasks}) == 5
+    one, other = tasks["SLIFMR kg_tail=0.2"], tasks["SLIFMR kg_tail=0"]
+    assert one.data != other.data, "their splits may differ"
+
+
+def test_the_off_switch_and_the_interval_are_settings(folder):
+    tasks = study_of(folder, "interval", {"intervals": [1, 5, "adaptive", "off"]}).first_tasks
+    assert tasks["never"].settings["self_loop"] is False
+    assert tasks["every 5 epochs"].settings["refresh_interval"] == 5
+    assert tasks["adaptive"].settings["refresh_interval"] == "adaptive"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("nothing", {}, "no study 'nothing': there are ablation, coldstart"),
+        ("ablation", {"levels": [0]}, "study 'ablation' has no levels"),
+        ("robustness", {"kinds": ["rain"]}, "no noise 'rain': there are interaction"),
+        ("robustness", {"levels": [0.1]}, "levels must hold 0"),
+        ("robustness", {"levels": [0, 20]}, "shares from 0 to 1, not 20"),
+        ("sensitivity", {"vary": {"n_layer": [1]}}, "SLIFMR has no setting 'n_layer'"),
+        ("interval", {"models": ["SLIFMR", "SLIFMR"]}, "named twice"),
+        ("interval", {"intervals": [1, 1]}, "two variants 'every epoch'"),
+    ],
+)
+def test_a_bad_definition_is_one_line(folder, name, changes, message):
+    with pytest.raises(SettingError, match=message):
+        study_of(folder, name, changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"kind": "poem"}, "kind must be one of variants, robustness"),
+        ({"variants": {"a": {}}, "levels": [0]}, "unknown entry 'levels'"),
+        ({"kind": "interval"}, "needs the entry 'intervals'"),
+        ({"variants": {"a": 3}}, "must hold settings"),
+        ({"variants": ["a"]}, "mapping of label to settings"),
+        ({"variants": {"a": {}}, "models": "SLIFMR"}, "models must be a list"),
+    ],
+)
+def test_a_bad_file_is_one_line(folder, content, message):
+    with pytest.raises(SettingError, match=message):
+        study_of(folder, own_study(folder, **content))
+
+
+def test_the_command_reports_a_bad_value_in_one_line(folder, capsys):
+    for option in (["--vary=n_layers"], ["--levels=0,0.1"], ["--vary=n_layers=1,2,-1"]):
+        with pytest.raises(SystemExit) as stop:
+            main(
+                ["study", "sensitivity", "--dataset=tiny", f"--data_path={folder}", "--out", str(folder / "o"), *option]
+            )
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.count("error: ") == 1
+    assert not (folder / "o").exists()
+
+
+# -- runs to tables --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_own_study_takes_over_the_benchmark_s_run(folder, monkeypatch):
+    settings = {**SETTINGS, "data_path": str(folder)}
+    bench = benchmark("tiny", ["SLIFMR", "BPR"], seeds=1, out=folder / "bench", settings=settings)
+    variants = {"all": {}, "no {modality}": {"exclude_modalities": ["{modality}"]}, "all again": {"n_layers": 2}}
+    study = study_of(folder, own_study(folder, title="Mine", reference="all", variants=variants))
+    runs = run_study(study, reuse=[folder / "bench"])
+    assert list(runs["variant"]) == ["all", "no image", "no text", "all again"]
+    stamp = json.loads((folder / "bench/runs/SLIFMR-2020/result.json").read_text())["seconds"]
+    assert runs["seconds"][0] == stamp, "the benchmark's run, not another one"
+    assert runs["test_recall@10"][0] == runs["test_recall@10"][3] == bench["test_recall@10"][0]
+    assert sorted(path.name for path in (folder / "out/runs").iterdir()) == [
+        "all-2020",
+        "no_image-2020",
+        "no_text-2020",
+    ]
+    outputs = {path.name for path in (folder / "out").iterdir()}
+    assert {"manifest.json", "table.md", "table.tex", "bars.png", "curves.png", "results.csv"} <= outputs
+    manifest = json.loads((folder / "out/manifest.json").read_text())
+    assert manifest["study"] == "mine"
+    assert manifest["settings"]["no text"]["exclude_modalities"] == "['text']"
+    with pytest.raises(SettingError, match="holds no runs"):
+        run_study(study, reuse=[folder])
+
+
+@pytest.mark.slow
+def test_robustness_reports_the_loss_of_the_same_seed(folder):
+    changes = {"models": ["SLIFMR", "BPR"], "kinds": ["interaction"], "levels": [0, 0.5]}
+    study = study_of(folder, "robustness", changes, seeds=2)
+    folders = write_data(study)
+    assert [path.parent.name for path in folders] == ["interaction_add=0.5-2020", "interaction_add=0.5-2021"]
+    clean = sum(1 for _ in (folder / "tiny/tiny.inter").open())
+    assert sum(1 for _ in (folders[0] / "tiny.train.inter").open()) < clean * 1.5
+    runs = run_study(study)
+    assert len(runs) == 8
+    losses = relative_losses(runs, "recall@10")
+    row = runs[(runs["model"] == "SLIFMR") & (runs["level"] == 0.5) & (runs["seed"] == 2021)]
+    before = runs[(runs["model"] == "SLIFMR") & (runs["level"] == 0) & (runs["seed"] == 2021)]
+    expected = 1 - row["test_recall@10"].item() / before["test_recall@10"].item()
+    assert losses[row.index].item() == pytest.approx(expected)
+    assert (losses[runs["level"] == 0] == 0).all()
+    prints = [read_result(task)["fingerprints"] for task in study.tasks]
+    by_task = dict(zip([task.name for task in study.tasks], prints, strict=True))
+    noisy, other = by_task["SLIFMR interaction_add=0.5-2020"], by_task["SLIFMR interaction_add=0.5-2021"]
+    assert noisy == by_task["BPR interaction_add=0.5-2020"], "the same noise for every model"
+    assert noisy["train"] != other["train"], "another draw for another seed"
+    assert noisy["valid"] == other["valid"] == by_task["BPR interaction_add=0-2020"]["valid"]
+    text = (folder / "out/table.md").read_text()
+    assert "loss at 50%, %" in text and "more than SLIFMR at 50%, points" in text
+    assert (folder / "out/robustness.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_interval_reports_what_refreshing_costs(folder):
+    study = study_of(folder, "interval", {"intervals": [1, 2, "off"]}, settings={"epochs": 4})
+    runs = run_study(study).set_index("variant")
+    assert runs["refreshes"].fillna(0).to_dict() == {"every epoch": 4, "every 2 epochs": 2, "never": 0}
+    assert 0 < runs.loc["every epoch", "refresh_seconds"] < runs.loc["every epoch", "seconds"]
+    assert {"turnover.png", "cost.png"} <= {path.name for path in (folder / "out").iterdir()}
+    assert "share of time in refreshes" in (folder / "out/table.md").read_text()
+
+
+@pytest.mark.slow
+def test_sensitivity_reports_the_signs_of_failure(folder):
+    runs = run_study(
+        study_of(folder, "sensitivity", {"vary": {"n_layers": [1, 3], "refresh_interval": [1, "adaptive"]}})
+    )
+    assert runs["homogenisation"].between(-1, 1).all() and runs["smoothing"].between(-1, 1).all()
+    assert runs["homogenisation"].nunique() > 1
+    assert "n_layers=3" in (folder / "out/table.md").read_text()
+
+
+# -- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_the_difference_in_loss_by_hand():
+    rng = np.random.default_rng(0)
+    scores = {"A 0": rng.uniform(0.4, 0.6, 200), "B 0": rng.uniform(0.4, 0.6, 200)}
+    scores |= {"A 1": scores["A 0"] * 0.9, "B 1": scores["B 0"] * 0.7}
+    users = pd.concat(
+        pd.DataFrame({"user": range(200), "model": title, "seed": 1, "m": values}) for title, values in scores.items()
+    )
+    difference, low, high = report.loss_difference(users, "m", ("B 0", "B 1"), ("A 0", "A 1"))
+    assert difference == pytest.approx(0.2) and low == pytest.approx(0.2) and high == pytest.approx(0.2)
+    assert report.loss_difference(users, "m", ("B 0", "C"), ("A 0", "A 1")) is None
+
+
+def test_settings_that_change_nothing_are_no_settings(folder):
+    settings = {**SETTINGS, "data_path": str(folder)}
+    variants = [Variant("SLIFMR", {}, "a"), Variant("SLIFMR", {"n_layers": 2, "inter_weight": 9.0}, "b")]
+    tasks, _ = make_tasks("tiny", variants, folder, seeds=1, settings=settings)
+    assert "n_layers" not in tasks[1].settings and tasks[1].settings["inter_weight"] == 9.0
