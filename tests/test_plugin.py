@@ -73,7 +73,7 @@ def test_recbole_s_model_yaml_wins_over_ours_for_its_models():
     assert make_config("LightGCN", "toy")["intra_weight"] is None
 
 
-SETTINGS_FILES = [path for path in sorted(PROPERTIES.rglob("*.yaml")) if path.parent.name != "tune"]
+SETTINGS_FILES = [path for path in sorted(PROPERTIES.rglob("*.yaml")) if path.parent.name not in ("tune", "study")]
 
 
 @pytest.mark.parametrize("path", SETTINGS_FILES, ids=lambda p: str(p.relative_to(PROPERTIES)))

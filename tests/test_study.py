@@ -12,6 +12,8 @@ from recbole_slifmr import report
 from recbole_slifmr.benchmark import Variant, benchmark, make_plan, make_tasks
 from recbole_slifmr.cli import main
 from recbole_slifmr.errors import SettingError
+from recbole_slifmr.experiment import make_config
+from recbole_slifmr.plugin import unknown_settings
 from recbole_slifmr.runs import read_result
 from recbole_slifmr.study.outputs import relative_losses, run_study, write_data
 from recbole_slifmr.study.plan import make_study, read_study, study_names
@@ -43,6 +45,13 @@ def test_the_package_brings_the_papers_studies():
     assert study_names() == ["ablation", "coldstart", "interval", "robustness", "sensitivity"]
     for name in study_names():
         assert read_study(name)["title"]
+
+
+def test_the_settings_of_the_package_s_studies_are_known():
+    variants = read_study("ablation")["variants"].values()
+    settings = {name: value for variant in variants for name, value in variant.items()}
+    settings |= {name: values[0] for name, values in read_study("sensitivity")["vary"].items()}
+    assert unknown_settings(make_config("SLIFMR", "toy", settings=settings)) == []
 
 
 def test_ablation_has_a_variant_per_modality_and_the_full_model_is_the_benchmark_s_run(folder):

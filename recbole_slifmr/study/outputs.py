@@ -29,9 +29,8 @@ def run_study(study: Study, **running: Any) -> pd.DataFrame:
     Raises:
         SettingError, DataError: for anything that cannot be used, before anything is trained.
     """
-    run_plan(study, write=_write, **running)
-    table = study.out / "results.csv"
-    return pd.read_csv(table) if table.is_file() else pd.DataFrame()
+    runs = run_plan(study, write=_write, **running)
+    return with_factors(study, runs) if len(runs) else runs
 
 
 def _write(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: Mapping[str, str]) -> None:
