@@ -4,17 +4,25 @@ RecBole ranks and computes its metrics; this module keeps what it computes befor
 items g count only that group's items, at their ranks in the whole list:
 :math:`\mathrm{Recall}_g@k = |T_u \cap g \cap L_k| / |T_u \cap g|`, NDCG likewise, mean over the users with
 :math:`T_u \cap g \neq \emptyset` (``T_u`` the user's held-out items, ``L_k`` the first k of the list).
+
+With ``cold_items`` the items with and without training interactions are two more groups, ``warm`` and ``cold``; for
+``among_cold`` the list holds cold items only.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
+from logging import getLogger
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from recbole.evaluator.base_metric import TopkMetric
+from torch import Tensor
+
+from recbole_slifmr.data.cold import can_score_cold, is_cold
 
 ITEM_GROUPS = {"head": 0.2, "middle": 0.5, "tail": 1.0}  # up to this share of the items, by falling popularity
 USER_GROUPS = {"active": 1 / 3, "average": 2 / 3, "quiet": 1.0}  # likewise of the users, by falling activity
@@ -63,29 +71,47 @@ def evaluate(trainer: Any, data: Any, train_data: Any, checkpoint: str | None = 
         metrics and the table of users.
     """
     captured: dict[str, Any] = {}
+    dataset = train_data._dataset
+    cold = is_cold(dataset) if trainer.config["cold_items"] else None
+    among: list[tuple[Tensor, Tensor]] = []
     collector = trainer.eval_collector
     original, need = collector.get_data_struct, collector.register.need
+    collect = collector.eval_batch_collect
 
     def get_data_struct() -> Any:
         captured["struct"] = original()
         return captured["struct"]
 
-    collector.get_data_struct = get_data_struct
+    def eval_batch_collect(scores: Tensor, batch: Any, users: Tensor, items: Tensor) -> None:
+        collect(scores, batch, users, items)
+        if cold is not None:
+            among.append(_hits_among(cold.nonzero().squeeze(1), scores, users, items, max(trainer.config["topk"])))
+
+    collector.get_data_struct, collector.eval_batch_collect = get_data_struct, eval_batch_collect
     collector.register.need = lambda key: key in ("rec.items", "rec.topk") or need(key)
     try:
         metrics = trainer.evaluate(data, load_best_model=True, model_file=checkpoint, show_progress=False)
     finally:
         collector.get_data_struct, collector.register.need = original, need
+        collector.eval_batch_collect = collect
     struct = captured["struct"]
     users = data.uid_list.numpy()
-    dataset = train_data._dataset
     per_user = _per_user(trainer, struct)
     per_user.insert(0, "user", dataset.field2id_token[dataset.uid_field][users])
     ranked, hits = struct.get("rec.items").numpy(), struct.get("rec.topk").numpy()[:, :-1].astype(bool)
+    topk = trainer.config["topk"]
     groups = {
-        **_by_item_group(ranked, hits, data, dataset, trainer.config["topk"]),
+        **_by_item_group(ranked, hits, data, item_groups(dataset), ITEM_GROUPS, topk),
         **_by_user_group(per_user, users, dataset),
     }
+    if cold is not None:
+        groups |= _by_item_group(ranked, hits, data, cold.numpy(), ("warm", "cold"), topk)
+        found, wanted = (torch.cat(batches).numpy() for batches in zip(*among, strict=True))
+        groups |= _scores(found, wanted, topk, "among_cold")
+        possible, reason = can_score_cold(trainer.config)
+        if not possible:
+            getLogger().warning(f"{reason}: no scores of cold items")
+            groups |= {name: float("nan") for name in groups if name.endswith(("/cold", "/among_cold"))}
     return Evaluation({**metrics, **groups}, per_user.set_index("user"))
 
 
@@ -114,21 +140,51 @@ def item_groups(dataset: Any) -> np.ndarray:
     return np.concatenate([[-1], _ranks(counts[1:], ITEM_GROUPS)])
 
 
-def _by_item_group(ranked: np.ndarray, hits: np.ndarray, data: Any, dataset: Any, topk: list[int]) -> dict[str, float]:
-    group = item_groups(dataset)
+def _by_item_group(
+    ranked: np.ndarray, hits: np.ndarray, data: Any, group: np.ndarray, names: Iterable[str], topk: list[int]
+) -> dict[str, float]:
     positives = [group[data.uid2positive_item[user].numpy()] for user in data.uid_list.tolist()]
-    discount = 1 / np.log2(np.arange(2, ranked.shape[1] + 2))
+    scores = {}
+    for number, name in enumerate(names):
+        n_positive = np.array([(row == number).sum() for row in positives])
+        scores.update(_scores(hits & (group[ranked] == number), n_positive, topk, name))
+    return scores
+
+
+def _hits_among(candidates: Tensor, scores: Tensor, users: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Rank the candidates alone.
+
+    Args:
+        candidates: item ids, ``[C]``.
+        scores: of all items, ``[B, n_items]``.
+        users: row of each held-out item, ``[P]``.
+        items: id of each held-out item, ``[P]``.
+        k: length of the list.
+
+    Returns:
+        which places of the list are hits, ``[B, min(k, C)]`` bool, and how many candidates are held out, ``[B]``.
+    """
+    held_out = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    held_out[users, items] = True
+    candidates = candidates.to(scores.device)
+    held_out = held_out[:, candidates]
+    first = scores[:, candidates].topk(min(k, len(candidates)), dim=1).indices
+    return held_out.gather(1, first).cpu(), held_out.sum(1).cpu()
+
+
+def _scores(hits: np.ndarray, n_positive: np.ndarray, topk: list[int], name: str) -> dict[str, float]:
+    """Return recall and NDCG of a group at each cut-off from its hits ``[B, K]`` and held-out items ``[B]``."""
+    some = n_positive > 0
+    if not some.any():
+        return {f"{metric}@{k}/{name}": float("nan") for k in topk for metric in ("recall", "ndcg")}
+    discount = 1 / np.log2(np.arange(2, max(topk) + 2))
     ideal = np.concatenate([[0.0], np.cumsum(discount)])
     scores = {}
-    for number, name in enumerate(ITEM_GROUPS):
-        n_positive = np.array([(row == number).sum() for row in positives])
-        some = n_positive > 0
-        hit = (hits & (group[ranked] == number))[some]
-        for k in topk:
-            found, n = hit[:, :k], n_positive[some]
-            scores[f"recall@{k}/{name}"] = float((found.sum(1) / n).mean()) if some.any() else float("nan")
-            gain = (found * discount[:k]).sum(1) / ideal[np.minimum(n, k)]
-            scores[f"ndcg@{k}/{name}"] = float(gain.mean()) if some.any() else float("nan")
+    for k in topk:
+        found, n = hits[some, :k], n_positive[some]
+        scores[f"recall@{k}/{name}"] = float((found.sum(1) / n).mean())
+        gain = (found * discount[: found.shape[1]]).sum(1) / ideal[np.minimum(n, k)]
+        scores[f"ndcg@{k}/{name}"] = float(gain.mean())
     return scores
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import recbole.data.dataset
+import recbole.data.utils
 import recbole.model.general_recommender
 import recbole.model.knowledge_aware_recommender
 import recbole.trainer
@@ -29,6 +30,7 @@ from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils.argument_list import dataset_arguments
 
 from recbole_slifmr import callback, compat, trainer
+from recbole_slifmr.data.cold import is_cold, sample_warm_only
 from recbole_slifmr.data.dataset import SLIFMRDataset
 from recbole_slifmr.data.noise import read_noise
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
@@ -36,9 +38,13 @@ from recbole_slifmr.paths import PROPERTIES, find_data_path
 
 MODELS = ("SLIFMR", "LATTICE", "FREEDOM", "BM3", "VBPR")
 # What a saved data set depends on beside RecBole's own list.
+<<<<<<< HEAD
 DATASET_SETTINGS = ("modalities", "feature_path", "use_kg", "use_features", "MODEL_TYPE", "data_path", "noise")
+=======
+DATASET_SETTINGS = ("modalities", "feature_path", "use_kg", "use_features", "MODEL_TYPE", "data_path", "cold_items")
+>>>>>>> 43f8717 (Setting cold_items: items held out of training, and how models are scored on them)
 NUMBERS = ("epochs", "train_batch_size", "eval_batch_size", "learning_rate", "eval_step", "stopping_step", "seed",
-           "weight_decay", "loss_decimal_place", "metric_decimal_place")  # fmt: skip
+           "weight_decay", "loss_decimal_place", "metric_decimal_place", "cold_items")  # fmt: skip
 FREE_TYPES = ("modalities", "refresh_interval")  # each of more than one type, checked where it is read
 PAIRS_PER_BATCH = 65_536  # of a model that scores (user, item) pairs one by one
 # Settings that RecBole reads by other means than config["..."], or that only its own command line knows.
@@ -59,6 +65,7 @@ def register() -> None:
         setattr(recbole.trainer, f"{name}Trainer", trainer.SLIFMRTrainer)
     dataset_arguments.extend(name for name in DATASET_SETTINGS if name not in dataset_arguments)
     _wrap_config()
+    _wrap_samplers()
     _wrap_quick_start()
 
 
@@ -227,6 +234,22 @@ def _settings_read_by_recbole() -> frozenset[str]:
 def _settings_read_by_model(model_class: type) -> set[str]:
     modules = {inspect.getmodule(base) for base in model_class.__mro__ if issubclass(base, AbstractRecommender)}
     return set().union(*(_look_ups(inspect.getsource(module)) for module in modules if module))
+
+
+def _wrap_samplers() -> None:
+    """Have RecBole draw no cold items as training negatives."""
+    create = recbole.data.utils.create_samplers
+    if hasattr(create, "__wrapped__"):
+        return
+
+    @functools.wraps(create)
+    def create_samplers(config: Config, dataset: Any, built_datasets: list[Any]) -> tuple[Any, Any, Any]:
+        samplers = create(config, dataset, built_datasets)
+        if config["cold_items"] and samplers[0] is not None:
+            sample_warm_only(samplers[0], is_cold(built_datasets[0]))
+        return samplers
+
+    recbole.data.utils.create_samplers = create_samplers
 
 
 # -- other processes ----------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from recbole.utils import FeatureSource, FeatureType, ModelType
 from torch import Tensor
 
 from recbole_slifmr.data import ml100k
+from recbole_slifmr.data.cold import hold_out, is_cold
 from recbole_slifmr.data.features import ItemFeatures, ItemFile, find_modalities, load_features
 from recbole_slifmr.data.noise import disturb_features, disturb_kg, draw_interactions, drop_interactions, read_noise
 from recbole_slifmr.errors import DataError, SettingError
@@ -286,14 +287,31 @@ class SLIFMRDataset(KnowledgeBasedDataset):
             lines.append(f"noise: {self.noise}")
         return lines
 
+    def _describe_unknown(self, train: SLIFMRDataset) -> str:
+        """Say how many cold items have neither features nor triples, if the model reads either."""
+        if not self.item_features and not len(self.triples):
+            return ""
+        known = torch.zeros(self.item_num, dtype=torch.bool)
+        known[self.triples[:, [0, 2]][self.triples[:, [0, 2]] < self.item_num]] = True
+        for features in self.item_features.values():
+            known |= features.mask
+        cold = is_cold(train)
+        n_unknown = int((cold & ~known).sum())
+        return f"; {n_unknown} of the {int(cold.sum())} items without training interactions have nothing else either"
+
     def build(self) -> list[SLIFMRDataset]:
-        """Split the data set, see RecBole's ``Dataset.build``; then add noise to the training interactions.
+        """Split the data set, see RecBole's ``Dataset.build``; hold out cold items, add noise to the training part.
+
+        ``cold_items`` are drawn with the seed of the split.
 
         Raises:
             DataError: if the training split is empty.
-            SettingError: for noise that cannot be had.
+            SettingError: for a share of cold items out of range, or noise that cannot be had.
         """
         parts = super().build()
+        share = self.config["cold_items"]
+        if share:
+            self.logger.info(hold_out(parts, share, torch.initial_seed()) + self._describe_unknown(parts[0]))
         if len(parts[0].inter_feat) == 0:
             raise DataError(f"the training split of '{self.dataset_name}' is empty: check eval_args and the files")
         if self.noise.of("interaction"):

@@ -11,6 +11,7 @@ from recbole.utils import InputType
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recbole_slifmr.data.cold import ColdScoring, is_cold
 from recbole_slifmr.data.features import ItemFeatures
 from recbole_slifmr.errors import DataError, SettingError
 
@@ -28,11 +29,25 @@ class EmbeddingRecommender(GeneralRecommender):
 
     input_type = InputType.PAIRWISE
     loss_names: tuple[str, ...]
+    warm: Tensor | None
     forward: Callable[[], tuple[Tensor, Tensor]]
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         self._final: tuple[Tensor, Tensor] | None = None
+        warm = (~is_cold(dataset)).unsqueeze(1).to(self.device) if config["cold_items"] else None
+        self.register_buffer("warm", warm, persistent=False)
+
+    @classmethod
+    def scores_cold(cls, config: Any) -> ColdScoring:
+        """Say whether the model can score items without training interactions."""
+        return ColdScoring(True, f"{config['model']} scores cold items by their features")
+
+    def known(self, embedding: Tensor, items: Tensor | None = None) -> Tensor:
+        """Return the ID embeddings of all items, or of ``items [B]``, zeros for cold ones, whose own are untrained."""
+        if self.warm is None:
+            return embedding
+        return embedding * (self.warm if items is None else self.warm[items])
 
     def item_features(self, dataset: Any) -> dict[str, ItemFeatures]:
         """Return the features by modality, on the model's device."""

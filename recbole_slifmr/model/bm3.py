@@ -14,7 +14,8 @@ LightGCN gives users :math:`h_u` and, with the ID embedding added, items :math:`
 
 The weight :math:`w` comes from the authors' code. Unlike there, features stay fixed and the norm is that of the batch's
 rows, squared: the code fine-tunes features and takes the plain norm over all nodes, so that its ``reg_weight`` means
-something else. Items lacking a modality stay out of its terms.
+something else. Items lacking a modality stay out of its terms. Features shape the loss
+and are not scored: of cold items the model knows nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from recbole.model.init import xavier_uniform_initialization
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recbole_slifmr.data.cold import ColdScoring
 from recbole_slifmr.encoder import InteractionEncoder
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.loss import cosine_distance, l2_loss
@@ -64,6 +66,11 @@ class BM3(MultimodalRecommender):
         )
         self.predictor = nn.Linear(size, size)
         self.apply(xavier_uniform_initialization)
+
+    @classmethod
+    def scores_cold(cls, config: Any) -> ColdScoring:
+        """Say that features enter the loss only."""
+        return ColdScoring(False, "BM3 scores items by their interactions; features shape its loss only")
 
     def encode(self) -> tuple[Tensor, Tensor]:
         """Return all users and items before the predictor, ``[n, d]``."""

@@ -13,7 +13,7 @@ arXiv 2211.06924.
 
 Deviations: neighbourhoods are undirected and without i->i edge; pruning cuts no node off; a feature term counts the
 pairs where both items have the modality, and its map has no bias, which would cancel. Features stay fixed (the authors'
-code fine-tunes them).
+code fine-tunes them). The ID embedding of a cold item counts as zero: its neighbours alone say what it is.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ class FREEDOM(MultimodalRecommender):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return the final embeddings of all users and items ``[n, d]``."""
-        hidden = self.item_embedding.weight
+        hidden = item_embedding = self.known(self.item_embedding.weight)
         for _ in range(self.item_n_layers):
             hidden = self.item_graph.multiply(hidden)
-        users, items = self.interaction_encoder(self.user_embedding.weight, self.item_embedding.weight)
+        users, items = self.interaction_encoder(self.user_embedding.weight, item_embedding)
         return users, items + hidden
 
     @torch.autocast("cpu", enabled=False)  # sparse products have no half precision

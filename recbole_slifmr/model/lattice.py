@@ -18,6 +18,7 @@ Here it is sparse: the neighbours are found in blocks without gradient, then the
 with it. Deviations: neighbourhoods are undirected, without i->i edge and without negative cosines; items lacking a
 modality have no edge in it. As in the paper, each modality's learned graph is normalised by itself (the authors' code
 normalises their sum). Features stay fixed (the code fine-tunes them).
+The ID embedding of a cold item counts as zero: its neighbours alone say what it is.
 """
 
 from __future__ import annotations
@@ -145,10 +146,10 @@ class LATTICE(MultimodalRecommender):
             graph = SparseMatrix(Edges(index, weight.detach()), (self.n_items, self.n_items))
             if self.training:
                 self.item_graph = graph
-        hidden = self.item_embedding.weight
+        hidden = item_embedding = self.known(self.item_embedding.weight)
         for _ in range(self.item_n_layers):
             hidden = graph.multiply(hidden, weight)
-        users, items = self.interaction_encoder(self.user_embedding.weight, self.item_embedding.weight)
+        users, items = self.interaction_encoder(self.user_embedding.weight, item_embedding)
         return users, items + F.normalize(hidden, dim=1)
 
     @torch.autocast("cpu", enabled=False)  # sparse products have no half precision

@@ -23,6 +23,7 @@ import torch
 from recbole.model.init import xavier_uniform_initialization
 from torch import Tensor, nn
 
+from recbole_slifmr.data.cold import ColdScoring
 from recbole_slifmr.diagnostics import homogenisation, smoothing
 from recbole_slifmr.encoder import RELATION_WEIGHTS, FeatureEncoder, InteractionEncoder, KnowledgeEncoder
 from recbole_slifmr.errors import SettingError
@@ -162,6 +163,13 @@ class SLIFMR(EmbeddingRecommender):
         chosen = set(names) | (set(self.feature_encoders) if "modality" in names else set())
         return [v for v, name in enumerate([*self.view_names, "fused"]) if name in chosen]
 
+    @classmethod
+    def scores_cold(cls, config: Any) -> ColdScoring:
+        """Say whether there may be anything but interactions."""
+        if config["use_features"] or config["use_kg"]:
+            return ColdScoring(True, "SLIFMR scores cold items by features and knowledge graph")
+        return ColdScoring(False, "SLIFMR without features and knowledge graph knows items by their interactions only")
+
     # -- representations ------------------------------------------------------------------------------------------
 
     def encode(self, users: Tensor | None = None, items: Tensor | None = None) -> Views:
@@ -169,10 +177,12 @@ class SLIFMR(EmbeddingRecommender):
 
         Features without a gate are computed for the nodes asked for only: see ``FeatureEncoder``.
         """
-        graph, item_embedding = self.interaction_encoder.graph, self.item_embedding.weight
+        graph, item_embedding = self.interaction_encoder.graph, self.known(self.item_embedding.weight)
         u_c, i_c = self.interaction_encoder(self.user_embedding.weight, item_embedding)
         views = [(_rows(u_c, users), _rows(i_c, items))]
         masks = [torch.ones(self.n_items, dtype=torch.bool, device=i_c.device)]
+        if self.warm is not None:  # a cold item has this view only through neighbours in the correlation graph
+            masks = [i_c.detach().any(dim=1)]
         encoders: list[FeatureEncoder | KnowledgeEncoder] = [*self.feature_encoders.values()]
         encoders += [] if self.kg_encoder is None else [self.kg_encoder]
         for encoder in encoders:

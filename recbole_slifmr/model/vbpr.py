@@ -8,7 +8,8 @@ He, McAuley, "VBPR: Visual Bayesian Personalized Ranking from Implicit Feedback"
 
 :math:`f_i` holds the features of all modalities side by side, each scaled to unit length so that none outweighs the
 others by its units. The paper's offset and user bias are left out: they cancel in BPR and move no ranking. Neither
-:math:`E` nor the visual bias :math:`\beta'` is regularised.
+:math:`E` nor the visual bias :math:`\beta'` is regularised. Of a cold item :math:`\gamma_i` counts as zero
+and :math:`\beta_i` stays zero: its features alone are scored.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class VBPR(MultimodalRecommender):
         features, bias = self.features[items], self.item_bias(items)
         if self.feature_bias is not None:
             bias = bias + self.feature_bias(features)
-        return torch.cat([self.item_embedding(items), self.projection(features), bias], dim=1)
+        embedding = self.known(self.item_embedding(items), items)
+        return torch.cat([embedding, self.projection(features), bias], dim=1)
 
     def user_representations(self, users: Tensor) -> Tensor:
         """Return ``[user_embedding, user_taste, 1]`` of each user, ``[B, d + d_f + 1]``."""
