@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUIET, write_table
-from recbole.config import Config
 from recbole.data import create_dataset
 
+from recbole_slifmr import runs
 from recbole_slifmr.data.noise import KINDS, Noise, draw_interactions, drop_interactions, reads
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
 from recbole_slifmr.experiment import load_data, make_config, prepare
@@ -72,7 +72,7 @@ def test_noise_touches_nothing_else_that_is_random(tiny, model):
 def test_every_model_accepts_the_setting(tiny, model):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnknownSettingWarning)
-        Config(model, "tiny", config_dict={**QUIET, "data_path": str(tiny.parent), "noise": {"interaction_add": 0.1}})
+        assert config_of(tiny, {"interaction_add": 0.1}, model)["noise"] == {"interaction_add": 0.1}
 
 
 def test_the_seed_is_the_run_s_unless_noise_has_its_own(tiny):
@@ -100,6 +100,16 @@ def test_a_saved_data_set_is_not_used_for_other_noise(tiny):
     settings = {"save_dataset": True}
     create_dataset(config_of(tiny, {}, **settings))
     assert len(create_dataset(config_of(tiny, {"kg_drop": 0.5}, **settings)).triples) == 8
+
+
+def test_runs_of_several_seeds_share_validation_and_test(tiny):
+    settings = {**QUIET, "epochs": 1, "data_path": str(tiny.parent), "noise": {"interaction_add": 0.3}}
+    tasks = [runs.Task("BPR", seed, "tiny", tiny.parent / f"run{seed}", settings=settings) for seed in (1, 2)]
+    for task in tasks:
+        runs.run_task(task)
+    assert len(runs.collect(tasks)[0]) == 2
+    one, other = (runs.read_result(task)["fingerprints"] for task in tasks)
+    assert one["train"] != other["train"] and one["test"] == other["test"]
 
 
 # -- interactions ----------------------------------------------------------------------------------------------------
