@@ -10,6 +10,7 @@ import pandas as pd
 
 from recbole_slifmr import plots, report
 from recbole_slifmr.benchmark import caption, run_plan, shown_metrics, write_outputs, write_runs
+from recbole_slifmr.data.atomic import write_atomic
 from recbole_slifmr.experiment import load_data, make_config
 from recbole_slifmr.files import write_csv
 from recbole_slifmr.runs import read_result
@@ -125,8 +126,6 @@ def write_data(study: Study) -> list[Path]:
     Returns:
         the folders, each a data set with a fixed split.
     """
-    from recbole_slifmr.data.noise import write_atomic  # type: ignore[attr-defined]
-
     folders = {}
     for task in study.tasks:
         if task.settings.get("noise") and task.data not in folders:
