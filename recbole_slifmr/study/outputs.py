@@ -134,7 +134,7 @@ def write_data(study: Study) -> list[Path]:
             folder = study.out / "data" / name / task.dataset
             if not folder.is_dir():
                 parts = [loader._dataset for loader in load_data(make_config(**task.arguments), task.split_seed)]
-                write_atomic(parts, folder, task.dataset)
+                write_atomic(parts, folder.parent, task.dataset)
             folders[task.data] = folder
     return list(folders.values())
 
