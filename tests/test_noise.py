@@ -365,6 +365,13 @@ def test_noise_in_what_a_data_set_lacks_is_refused_and_in_what_a_model_does_not_
             load(tiny, noise, model)
 
 
+def test_items_that_are_held_out_get_no_noise(tiny):
+    with pytest.raises(SettingError, match="noise: interaction_add would reach the items that cold_items holds out"):
+        load(tiny, {"interaction_add": 0.2}, cold_items=0.2)
+    clean, noisy = (load(tiny, noise, cold_items=0.2) for noise in ({}, {"interaction_drop": 0.2}))
+    assert set(pairs(noisy[0])) < set(pairs(clean[0])) and pairs(noisy[2]) == pairs(clean[2])
+
+
 def test_a_level_of_zero_is_no_noise(tiny):
     (tiny / "tiny.kg").unlink()
     assert pairs(load(tiny, {kind: 0 for kind in KINDS})[0]) == pairs(load(tiny, {})[0])

@@ -311,6 +311,10 @@ class SLIFMRDataset(KnowledgeBasedDataset):
         parts = super().build()
         share = self.config["cold_items"]
         if share:
+            if "interaction_add" in self.noise.levels:
+                raise SettingError(
+                    "noise: interaction_add would reach the items that cold_items holds out: leave one out"
+                )
             self.logger.info(hold_out(parts, share, torch.initial_seed()) + self._describe_unknown(parts[0]))
         if len(parts[0].inter_feat) == 0:
             raise DataError(f"the training split of '{self.dataset_name}' is empty: check eval_args and the files")
