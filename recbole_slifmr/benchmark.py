@@ -296,6 +296,8 @@ def caption(plan: Benchmark, runs: pd.DataFrame, states: Mapping[str, str]) -> s
     items = "training and validation" if plan.test_mask == "train_valid" else "training"
     tuned = [f"{m} ({n} trials)" if n else f"{m} (trials unknown)" for m, n in plan.tuned.items()]
     failed = {task.title: states[task.name] for task in plan.tasks if states[task.name] != "done"}
+    if config["cold_items"]:
+        split += f", {config['cold_items']:.0%} of the items held out of training"
     parts = [
         f"{plan.tasks[0].dataset}, {split}, test scores, mean ± standard deviation over {seeds} seeds.",
         f"All models: at most {config['epochs']} epochs, patience {config['stopping_step']} evaluations, best epoch by "

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import recbole.data.utils
 import torch
-from conftest import all_scores, batch_of
+from conftest import all_scores
 from recbole.data.dataset import KnowledgeBasedDataset
 
 from recbole_slifmr.data.cold import can_score_cold, choose_items, is_cold
@@ -136,16 +136,30 @@ def test_a_cold_item_s_own_embedding_counts_for_nothing(tiny, build, model):
     assert before[:, known].std(dim=1).min() > 0  # and yet they are told apart
 
 
-def test_slifmr_sees_a_cold_item_s_interactions_only_through_its_neighbours(tiny, build):
-    run = build(tiny, cold_items=0.4)
-    run.model.calculate_loss(batch_of(run))
+def test_slifmr_lends_a_cold_item_the_interactions_of_its_warm_neighbours(tiny, build):
+    run = build(tiny, cold_items=0.4, modalities={"text": "text.npy"}, knn_k=3)
     cold = is_cold(run.train._dataset)
     run.model.eval()
     views = run.model.encode()
-    assert torch.equal(views.item_mask[:, 0], ~cold) and not views.items[cold, 0].any()
+    values, mask = run.dataset.item_features["text"]
+    unit = torch.nn.functional.normalize(values, dim=1)
+    cosine = (unit @ unit.T).fill_diagonal_(-1)
+    near = torch.zeros(cosine.shape, dtype=torch.bool).scatter_(1, cosine.topk(3, dim=1).indices, True)
+    near = (near & (cosine > 0) & mask & mask[:, None]).float()
+    near = ((near + near.T) > 0).float()
+    degree = near.sum(1).clamp(min=1)
+    weight = near / (degree[:, None] * degree).sqrt() * ~cold
+    expected = weight @ views.items[:, 0] / weight.sum(1, keepdim=True).clamp(min=1e-12)
+    torch.testing.assert_close(views.items[cold, 0], expected[cold])
+    assert torch.equal(views.item_mask[:, 0], ~cold | (weight.sum(1) > 0))
+
+
+def test_slifmr_without_features_sees_no_interactions_of_a_cold_item(tiny, build):
+    run = build(tiny, cold_items=0.4, use_features=False)
     run.model.refresh_graphs()
+    cold = is_cold(run.train._dataset)
     views = run.model.encode()
-    assert views.item_mask[cold, 0].any() and torch.equal(views.item_mask[:, 0], views.items[:, 0].any(dim=1))
+    assert torch.equal(views.item_mask[:, 0], ~cold) and not views.items[cold, 0].any()
 
 
 def test_who_can_score_cold_items():

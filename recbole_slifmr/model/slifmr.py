@@ -179,10 +179,11 @@ class SLIFMR(EmbeddingRecommender):
         """
         graph, item_embedding = self.interaction_encoder.graph, self.known(self.item_embedding.weight)
         u_c, i_c = self.interaction_encoder(self.user_embedding.weight, item_embedding)
-        views = [(_rows(u_c, users), _rows(i_c, items))]
         masks = [torch.ones(self.n_items, dtype=torch.bool, device=i_c.device)]
-        if self.warm is not None:  # a cold item has this view only through neighbours in the correlation graph
+        if self.warm is not None:
+            i_c = self._lend_interactions(i_c, self.warm)
             masks = [i_c.detach().any(dim=1)]
+        views = [(_rows(u_c, users), _rows(i_c, items))]
         encoders: list[FeatureEncoder | KnowledgeEncoder] = [*self.feature_encoders.values()]
         encoders += [] if self.kg_encoder is None else [self.kg_encoder]
         for encoder in encoders:
@@ -201,6 +202,20 @@ class SLIFMR(EmbeddingRecommender):
             _rows(user_mask, users),
             _rows(item_mask, items),
         )
+
+    def _lend_interactions(self, view: Tensor, warm: Tensor) -> Tensor:
+        """Give each cold item the mean interaction view of its warm neighbours by features, zeros if it has none.
+
+        Args:
+            view: interaction view of every item, ``[n_items, d]``.
+            warm: ``[n_items, 1]`` bool.
+        """
+        lent, n_modalities = torch.zeros_like(view), torch.zeros_like(view[:, :1])
+        for encoder in self.feature_encoders.values():
+            weight = encoder.graph.multiply(warm.to(view.dtype))
+            lent = lent + encoder.graph.multiply(view * warm) / torch.where(weight > 0, weight, 1.0)
+            n_modalities = n_modalities + (weight > 0)
+        return torch.where(warm, view, lent / n_modalities.clamp(min=1))
 
     def fuse(self, fusion: Fusion, views: Tensor, mask: Tensor) -> Tensor:
         """Fuse ``views [n, V, d]`` into ``z [n, d]``, with the interaction view as residual if so set."""
