@@ -131,7 +131,8 @@ class FeatureEncoder(nn.Module):
     averaged over the items of each user once per graph, so that a batch projects only its own rows.
 
     Args:
-        features: ``[n_items, d_m]``; each row is scaled to unit length.
+        features: ``[n_items, d_m]``; each row is scaled to unit length. A row of zeros has no neighbours but those of
+            the correlation graph.
         mask: ``[n_items]`` bool, the items that have the modality.
         size: dimension of the output.
         knn_k: neighbours in the initial item graph.
@@ -157,8 +158,8 @@ class FeatureEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.n_items, self.n_layers = features.shape[0], n_layers
-        self.register_buffer("mask", mask & (features.norm(dim=1) > 0), persistent=False)
-        self.register_buffer("features", F.normalize(features, dim=1) * self.mask.unsqueeze(1), persistent=False)
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("features", F.normalize(features, dim=1) * mask.unsqueeze(1), persistent=False)
         initial = normalized_knn(features, knn_k, self.mask, search)
         self.graph = SparseMatrix(initial, (self.n_items, self.n_items), symmetric=True)
         self.projection = nn.Linear(features.shape[1], size, bias=False)

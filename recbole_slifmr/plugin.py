@@ -38,8 +38,8 @@ from recbole_slifmr.paths import PROPERTIES, find_data_path
 
 MODELS = ("SLIFMR", "LATTICE", "FREEDOM", "BM3", "VBPR")
 # What a saved data set depends on beside RecBole's own list.
-DATASET_SETTINGS = ("modalities", "exclude_modalities", "feature_path", "use_kg", "use_features", "MODEL_TYPE",
-                    "data_path", "noise", "cold_items")  # fmt: skip
+DATASET_SETTINGS = ("modalities", "exclude_modalities", "feature_path", "feature_missing", "use_kg", "use_features",
+                    "MODEL_TYPE", "data_path", "noise", "cold_items")  # fmt: skip
 NUMBERS = ("epochs", "train_batch_size", "eval_batch_size", "learning_rate", "eval_step", "stopping_step", "seed",
            "weight_decay", "loss_decimal_place", "metric_decimal_place", "cold_items")  # fmt: skip
 FREE_TYPES = ("modalities", "refresh_interval")  # each of more than one type, checked where it is read

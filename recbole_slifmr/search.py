@@ -34,6 +34,7 @@ DATA = {
     *dataset_arguments,
     "modalities",
     "feature_path",
+    "feature_missing",
     "use_kg",
     "use_features",
     "train_neg_sample_args",

@@ -210,7 +210,7 @@ BAD = {
     ),
     "NaN": (_nan, r"text\.npy: NaN or infinite 'text' features in 1 rows, first item 'i3'"),
     "no ids": (lambda t: (t / "items.txt").unlink(), r"items\.txt not found: it should name the item of each feature"),
-    "an empty file": (lambda t: (t / "text.npy").write_bytes(b""), r"text\.npy is not a \.npy array"),
+    "an empty file": (lambda t: (t / "text.npy").write_bytes(b""), r"text\.npy cannot be read as a \.npy array"),
     "no dimension": (lambda t: np.save(t / "text.npy", np.ones((15, 0))), r"text\.npy must be a matrix of numbers"),
     "all zeros": (lambda t: np.save(t / "text.npy", np.zeros((15, 2))), r"'text' features of every item are zero"),
     "more values than columns": (
@@ -224,7 +224,7 @@ BAD = {
         r"tiny\.inter is not UTF-8",
     ),
     "a stray quote": (lambda t: _bad(t, "tiny.inter", lambda s: s + '"u1\ti1\n'), r"tiny\.inter cannot be read"),
-    "not an array": (lambda t: (t / "text.npy").write_text("hello"), r"text\.npy is not a \.npy array"),
+    "not an array": (lambda t: (t / "text.npy").write_text("hello"), r"text\.npy cannot be read as a \.npy array"),
     "a vector": (lambda t: np.save(t / "text.npy", np.ones(15)), r"text\.npy must be a matrix of numbers"),
 }
 
@@ -241,12 +241,12 @@ def test_bad_input_is_named(tiny, case):
 BAD_SETTINGS = {
     "missing file": ({"modalities": {"text": "none.npy"}}, r"none\.npy not found: put the 'text' features there"),
     "no such folder": ({"feature_path": "nowhere"}, r"feature_path: there is no folder .*nowhere"),
-    "a file of nothing": ({"modalities": {"text": {"file": None}}}, r"modalities: 'text' must be a \.npy file"),
+    "a file of nothing": ({"modalities": {"text": {"file": None}}}, r"modalities: 'text' must be a file, "),
     "a name of torch's": ({"modalities": {"training": "text.npy"}}, r"'training' cannot be a modality's name"),
     "no modality map": ({"modalities": "text.npy"}, r"modalities must be 'auto' or a mapping"),
     "a name that is taken": ({"modalities": {"kg": "text.npy"}}, r"modalities: 'kg' cannot be a modality's name"),
     "a name that is no name": ({"modalities": {"my text": "text.npy"}}, r"'my text' cannot be a modality's name"),
-    "odd source": ({"modalities": {"text": 3}}, r"modalities: 'text' must be a \.npy file"),
+    "odd source": ({"modalities": {"text": 3}}, r"modalities: 'text' must be a file, "),
     "field without item file": ({"modalities": {"text": {"field": "v"}}}, r"tiny\.item not found"),
 }
 
@@ -299,7 +299,7 @@ def test_ml_100k_works_out_of_the_box(tmp_path, monkeypatch):
     assert len(dataset.triples) == 91_631 and len(dataset.item2entity) == 1_598
     assert dataset.item_features["text"].mask.sum() == 1682
     written = sorted(path.name for path in (tmp_path / "features").iterdir())
-    assert written == ["text.items.txt", "text.npy"]
+    assert written == ["text.ids.txt", "text.json", "text.npy"]
     before = np.load(tmp_path / "features" / "text.npy")
     (tmp_path / "features" / "text.npy").unlink()  # an interrupted first use is made good
     create_dataset(config)

@@ -67,7 +67,7 @@ def test_pruning_touches_training_only():
 
 
 def feature_encoder(**kwargs):
-    """Item 0 lacks the modality, item 4 has a zero row; 1, 2, 3 lie on a path 1 - 2 - 3."""
+    """Item 0 lacks the modality, item 4 has a row of zeros; 1, 2, 3 lie on a path 1 - 2 - 3."""
     features = torch.tensor([[9.0, 9.0], [2.0, 0.0], [1.0, 0.9], [0.0, 3.0], [0.0, 0.0]])
     mask = torch.tensor([False, True, True, True, True])
     return FeatureEncoder(features, mask, size=2, knn_k=1, n_layers=1, **kwargs), features
@@ -80,7 +80,7 @@ def test_feature_encoder_equals_dense():
     x = torch.nn.functional.normalize(features, dim=1) * torch.tensor([0, 1, 1, 1, 0])[:, None]
     h = x @ encoder.projection.weight.T
     torch.testing.assert_close(encoder(torch.zeros(5, 2)), (h + a @ h) / 2)
-    assert encoder.mask.tolist() == [False, True, True, True, False]
+    assert encoder.mask.tolist() == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("gate", [False, True])

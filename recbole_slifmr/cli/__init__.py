@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 from recbole_slifmr import __version__
-from recbole_slifmr.cli import benchmark, study, train, tune
+from recbole_slifmr.cli import benchmark, extract, study, train, tune
 from recbole_slifmr.errors import DataError, ProcessError, SettingError, UnknownSettingWarning
 
 FAILED, BAD_INPUT = 1, 2
@@ -20,7 +20,9 @@ def slifmr() -> None:
     """Recommend from interactions, a knowledge graph and item features together."""
 
 
-for command in (train.train, benchmark.benchmark_command, study.study, tune.tune_command):
+for command in (
+    train.train, benchmark.benchmark_command, study.study, tune.tune_command, extract.extract_command
+):  # fmt: skip
     slifmr.add_command(command)
 
 

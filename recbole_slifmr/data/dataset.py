@@ -23,10 +23,22 @@ from torch import Tensor
 
 from recbole_slifmr.data import ml100k
 from recbole_slifmr.data.cold import hold_out, is_cold
-from recbole_slifmr.data.features import ItemFeatures, ItemFile, find_modalities, load_features
+from recbole_slifmr.data.features import ItemFeatures, find_modalities, load_features
 from recbole_slifmr.data.noise import disturb_features, disturb_kg, draw_interactions, drop_interactions, read_noise
+from recbole_slifmr.data.vectors import ItemFile
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.paths import find_feature_folder
+
+
+def item_file_of(config: Any) -> ItemFile:
+    """Return the ``.item`` file that a configuration means; it may be absent."""
+    path = Path(config["data_path"]) / f"{config['dataset']}.item"
+    return ItemFile(path, config["ITEM_ID_FIELD"], config["field_separator"], config["seq_separator"])
+
+
+def feature_folder_of(config: Any) -> Path:
+    """Return the folder of the feature files that a configuration means; it may be absent."""
+    return find_feature_folder(config["feature_path"], Path(config["data_path"]))
 
 
 class _PandasWithCParser:
@@ -240,17 +252,10 @@ class SLIFMRDataset(KnowledgeBasedDataset):
             self.logger.info(line)
 
     def _load_item_features(self) -> dict[str, ItemFeatures]:
-        data_folder = Path(self.dataset_path)
-        item_file = ItemFile(
-            data_folder / f"{self.dataset_name}.item",
-            self.iid_field,
-            self.config["field_separator"],
-            self.config["seq_separator"],
-        )
-        folder = find_feature_folder(self.config["feature_path"], data_folder)
+        item_file, folder = item_file_of(self.config), feature_folder_of(self.config)
         modalities = self.config["modalities"]
         if self.dataset_name == "ml-100k" and isinstance(modalities, dict) and ml100k.SOURCE in modalities.values():
-            ml100k.ensure_text_features(item_file.path, folder)
+            ml100k.ensure_text_features(item_file, folder)
         if not folder.is_dir():
             raise DataError(f"feature_path: there is no folder {folder}")
         if modalities == "auto":
@@ -262,7 +267,8 @@ class SLIFMRDataset(KnowledgeBasedDataset):
             if name not in modalities:
                 raise DataError(f"exclude_modalities: there is no modality '{name}', only {', '.join(modalities)}")
             del modalities[name]
-        features = load_features(modalities, folder, item_file, self.field2token_id[self.iid_field])
+        missing = self.config["feature_missing"] or "mask"
+        features = load_features(modalities, folder, item_file, self.field2token_id[self.iid_field], missing)
         kinds = self.noise.of("feature")
         if kinds and not features:
             raise SettingError(f"noise: {kinds[0]} needs item features, and '{self.dataset_name}' has none in {folder}")
@@ -270,19 +276,15 @@ class SLIFMRDataset(KnowledgeBasedDataset):
 
     def _describe_inputs(self) -> list[str]:
         """Say what there is beside the interactions."""
-        n_items = self.item_num - 1
         lines = []
         if self.has_kg:
+            n_items = self.item_num - 1
             n_linked, n_relations = len(self.item2entity), len(torch.unique(self.triples[:, 1]))
             lines.append(
                 f"knowledge graph: {len(self.triples)} triples, {n_relations} relations, "
                 f"{len(torch.unique(self.triples[:, [0, 2]]))} entities, {n_linked} of {n_items} items linked "
                 f"({n_linked / n_items:.1%})"
             )
-        for name, (values, mask) in self.item_features.items():
-            n_covered = int(mask.sum())
-            share = f"{n_covered} of {n_items} items ({n_covered / n_items:.1%})"
-            lines.append(f"modality {name}: dimension {values.shape[1]}, {share}")
         if self.noise.levels:
             lines.append(f"noise: {self.noise}")
         return lines
