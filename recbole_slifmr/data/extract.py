@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from recbole_slifmr.data.features import is_modality_name
 from recbole_slifmr.data.vectors import OWN_IDS, ItemFile
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.files import replace_file, write_json
@@ -232,7 +233,7 @@ def check_target(folder: Path, name: str, overwrite: bool) -> None:
     Raises:
         SettingError: if the features are there already or the folder cannot be written to.
     """
-    if not name.isidentifier():
+    if not is_modality_name(name):
         raise SettingError(f"--name: '{name}' cannot be a modality's name: use another, such as text or image")
     for path in (folder / f"{name}.npy", folder / f"{name}{OWN_IDS}", folder / f"{name}.json"):
         if path.exists() and not overwrite:

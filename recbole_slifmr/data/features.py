@@ -41,6 +41,11 @@ def find_modalities(folder: Path) -> dict[str, str]:
     return {path.stem: path.name for path in sorted(folder.glob("*.npy"))}
 
 
+def is_modality_name(name: Any) -> bool:
+    """Return whether a modality can have the name: an identifier that no other view and nothing of torch's has."""
+    return str(name).isidentifier() and name not in RESERVED and not hasattr(nn.ModuleDict(), name)
+
+
 def load_features(
     modalities: Mapping[str, Any],
     folder: Path,
@@ -69,7 +74,7 @@ def load_features(
         SettingError: if ``missing`` is none of the three.
     """
     for name in modalities:
-        if not str(name).isidentifier() or name in RESERVED or hasattr(nn.ModuleDict(), name):
+        if not is_modality_name(name):
             raise DataError(f"modalities: '{name}' cannot be a modality's name: use another, such as text or image")
     return {name: _load(name, source, folder, item_file, token2id, missing) for name, source in modalities.items()}
 

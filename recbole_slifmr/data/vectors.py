@@ -111,6 +111,8 @@ def read_vectors(path: Path, item_file: ItemFile, ids: str | None = None, field:
     else:
         known = ", ".join([*ARRAYS, *TABLES])
         raise DataError(f"{path}: the formats are {known}, and atomic files whose column is named by 'field'")
+    if len(tokens) == len(values) == 0:
+        raise DataError(f"{path} holds no vectors")
     if values.ndim != 2 or values.shape[1] == 0 or values.dtype.kind not in "fiu":
         raise DataError(f"{path} must be a matrix of numbers [items, dimension], not {values.dtype} {values.shape}")
     if len(tokens) != len(values):
@@ -244,11 +246,11 @@ def _read_delimited(separator: str) -> Callable[[Path, str, str | None], tuple[n
                     fault = f"is a second '{column}'" if column else "has no name"
                     raise DataError(f"{path}: column {i + 1} {fault}: name it or leave it out")
             columns = _choose(path, header, id_column, field)
-            options |= {"usecols": [id_column, *columns], "index_col": False}
+            options["index_col"] = False
             try:
                 frame = pd.read_csv(
                     path,
-                    dtype={id_column: str, **dict.fromkeys(columns, np.float32)},
+                    dtype={name: np.float32 if name in columns else str for name in header},
                     na_values=dict.fromkeys(columns, EMPTY_CELLS),
                     **options,
                 )
