@@ -98,6 +98,14 @@ def test_feature_feedback_blends_with_the_initial_graph_each_time(gate):
     torch.testing.assert_close(encoder(ego), (h + a @ h) / 2)
 
 
+def test_an_item_with_a_row_of_zeros_has_the_neighbours_of_the_feedback_and_no_others():
+    encoder, features = feature_encoder()
+    assert not encoder(torch.zeros(5, 2))[4].any()
+    encoder.set_feedback(Edges(torch.tensor([[1, 4], [4, 1]]), torch.ones(2)), 0.5)
+    wanted = encoder.projection(torch.nn.functional.normalize(features[1], dim=0)) * 0.5 / 2
+    torch.testing.assert_close(encoder(torch.zeros(5, 2))[4], wanted)
+
+
 @pytest.mark.parametrize("n_rows", [2, 7], ids=["few", "more than there are"])
 def test_feature_rows_are_rows_of_the_whole_view(n_rows):
     encoder, _ = feature_encoder()

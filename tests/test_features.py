@@ -7,11 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_table
+from conftest import QUIET, write_table
 
 from recbole_slifmr.data.features import load_features
 from recbole_slifmr.data.vectors import ItemFile
 from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.experiment import make_config, prepare
+from recbole_slifmr.plugin import MODELS
 
 TOKENS = ["a", "b", "7", "é"]
 IDS = {"[PAD]": 0, "7": 1, "é": 2, "c": 3, "a": 4, "b": 5}  # c has no row
@@ -166,6 +168,19 @@ def test_items_without_a_row_are_filled(tmp_path, missing, wanted, zero_row):
         np.testing.assert_array_equal(values[4].numpy(), ROWS[0])
 
 
+@pytest.mark.parametrize("missing", ["mean", "zero"])
+@pytest.mark.parametrize("model", MODELS)
+def test_models_train_on_filled_items(tiny, model, missing):
+    settings = {**QUIET, "epochs": 1, "data_path": str(tiny.parent), "feature_missing": missing}
+    prepared = prepare(make_config(model, "tiny", settings=settings))
+    data = prepared.train_data._dataset
+    values, mask = data.item_features["text"]
+    assert mask[1:].all() and not mask[0]
+    assert bool(values[data.token2id("item_id", "i1")].any()) == (missing == "mean")
+    prepared.trainer.fit(prepared.train_data, prepared.valid_data, show_progress=False)
+    assert all(parameter.isfinite().all() for parameter in prepared.trainer.model.parameters())
+
+
 # -- big files -------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +289,7 @@ BAD = {
     "truncated .npz": (_spoil(_write_npz, _truncate), r"x\.npz cannot be read as an \.npz archive"),
     "truncated .pt": (_spoil(_write_pt_dict, _truncate), r"x\.pth cannot be read as a file of tensors"),
     "truncated .parquet": (_spoil(_write_parquet, _truncate), r"x\.parquet cannot be read as a parquet table"),
-    "an archive named .npy": (_spoil(_write_npy, lambda p: np.savez(p.open("wb"), ROWS)), r"is an archive: name it .npz"),
+    "an archive named .npy": (_spoil(_write_npy, lambda p: np.savez(p.open("wb"), ROWS)), r"archive: name it \.npz"),
     "an array named .npz": (_spoil(_write_npz, lambda p: np.save(p.open("wb"), ROWS)), r"single array: name it \.npy"),
     "pickled .npy": (_with(np.array([[Code()]])), r"x\.npy cannot be read as a \.npy array of numbers"),
     "pickled .npz": (_npz(ids=np.array(TOKENS), values=np.array([[Code()]] * 4)), r"x\.npz cannot be read"),
@@ -307,7 +322,7 @@ BAD = {
     "an unknown format": (lambda folder: _write_atomic(folder)["file"], r"set\.textemb: the formats are \.npy, "),
     "field of an array": (lambda folder: {"file": _write_npy(folder), "field": "x"}, r"x\.npy has no columns"),
     "no such field": (lambda folder: {"file": _write_csv(folder), "field": "w"}, r"x\.csv has no column 'w', only"),
-    "an unknown key": (lambda folder: {"file": _write_npy(folder), "id": "x"}, r"'text' has 'id', which is none of file"),
+    "an unknown key": (lambda folder: {"file": _write_npy(folder), "id": "x"}, r"'text' has 'id', which is none"),
     "ids not found": (lambda folder: {"file": _write_npy(folder), "ids": "x"}, r"x not found: it should name the item"),
 }  # fmt: skip
 

@@ -71,7 +71,7 @@ def find_images(folder: Path, item_file: ItemFile) -> Inputs:
     if not tokens:
         example = f" (such as {paths[0].name})" if paths else ""
         raise DataError(
-            f"{folder}: none of its {len(paths)} images{example} is named by an item token, as in TOKEN.jpg"
+            f"{folder}: none of its {len(paths)} images{example} is named by an item token, as TOKEN.jpg is"
         )
     return Inputs(tokens, [found[token] for token in tokens])
 

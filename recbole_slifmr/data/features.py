@@ -18,7 +18,7 @@ from recbole_slifmr.errors import DataError, SettingError
 RESERVED = ("interaction", "kg", "fused", "modality")  # names of other views
 MISSING = {"mask": "lack it", "mean": "get the mean", "zero": "get zeros"}  # what happens to items without a row
 SOURCE_KEYS = ("file", "ids", "field", "missing")
-BLOCK = 2**24  # numbers read at a time
+BLOCK = 2**22  # numbers read at a time
 
 
 class ItemFeatures(NamedTuple):
@@ -161,4 +161,4 @@ def _blocks(values: np.ndarray, rows: np.ndarray) -> Iterator[tuple[np.ndarray, 
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         with np.errstate(over="ignore"):  # beyond float32: infinite, and named so
-            yield part, values[part].astype(np.float32)
+            yield part, values[part].astype(np.float32, copy=False)
