@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from recbole.utils import FeatureType
 
-from recbole_slifmr.data.features import IDS_FILE
+from recbole_slifmr.data.vectors import IDS_FILE
 from recbole_slifmr.errors import DataError
 
 SPLITS = ("train", "valid", "test")
