@@ -12,6 +12,11 @@ import pandas as pd
 from recbole_slifmr.report import as_numbers, metric_title
 
 
+def _save(figure: Any, path: Path, description: str) -> None:
+    """Write a plot with a description in its metadata, for those who cannot see it."""
+    figure.savefig(path, dpi=150, format="png", metadata={"Description": description})
+
+
 def plot_curves(path: Path, curves: dict[str, list[tuple[int, float, float]]], metric: str) -> None:
     """Draw the validation score by epoch and by time, a line per run, a colour per model.
 
@@ -42,7 +47,7 @@ def plot_curves(path: Path, curves: dict[str, list[tuple[int, float, float]]], m
         axes[0].legend(frameon=False)
     else:
         figure.legend(loc="outside right upper", frameon=False, fontsize=7)
-    figure.savefig(path, dpi=150, format="png")
+    _save(figure, path, f"Validation {metric_title(metric)} by epoch and by time, a line per run")
 
 
 def plot_bars(path: Path, summary: pd.DataFrame, metrics: Sequence[str], titles: Sequence[str] | None = None) -> None:
@@ -65,7 +70,7 @@ def plot_bars(path: Path, summary: pd.DataFrame, metrics: Sequence[str], titles:
         axis.tick_params(axis="x", labelsize=8)
     axes[0].set_yticks(range(n), list(summary.index))
     axes[0].invert_yaxis()
-    figure.savefig(path, dpi=150, format="png")
+    _save(figure, path, "Test scores; error bars: standard deviation over seeds")
 
 
 def _band(axis: Any, x: Sequence[float], groups: Sequence[pd.Series], **style: Any) -> None:
@@ -97,7 +102,7 @@ def plot_robustness(path: Path, runs: pd.DataFrame, losses: Mapping[str, pd.Seri
     axes[0, 0].set_ylabel(f"test {metric_title(metric)}")
     axes[1, 0].set_ylabel(f"loss of {metric_title(metric)}, %")
     axes[0, 0].legend(frameon=False)
-    figure.savefig(path, dpi=150, format="png")
+    _save(figure, path, f"Test {metric_title(metric)} and its relative loss by noise level; bands: standard deviation over seeds")
 
 
 def plot_turnover(path: Path, turnover: Mapping[str, Sequence[tuple[float, float]]]) -> None:
@@ -115,7 +120,7 @@ def plot_turnover(path: Path, turnover: Mapping[str, Sequence[tuple[float, float
     axis.set(xlabel="epoch", ylabel="turnover of the correlation graph", ylim=(0, 1.02))
     if titles:
         axis.legend(frameon=False)
-    figure.savefig(path, dpi=150, format="png")
+    _save(figure, path, "Turnover of the correlation graph by epoch, a line per run")
 
 
 def plot_cost(path: Path, runs: pd.DataFrame, metric: str) -> None:
@@ -131,7 +136,7 @@ def plot_cost(path: Path, runs: pd.DataFrame, metric: str) -> None:
                       fmt="o", color=f"C{i}", label=title, capsize=2)  # fmt: skip
     axis.set(xlabel="seconds of training", ylabel=f"test {metric_title(metric)}")
     axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150, format="png")
+    _save(figure, path, f"Test {metric_title(metric)} by seconds of training; error bars: standard deviation over seeds")
 
 
 def plot_sensitivity(path: Path, runs: pd.DataFrame, metric: str, signs: Sequence[str]) -> None:
@@ -159,7 +164,7 @@ def plot_sensitivity(path: Path, runs: pd.DataFrame, metric: str, signs: Sequenc
     axes[0, 0].set_ylabel(f"test {metric_title(metric)}")
     for axis in axes[:, 0]:
         axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150, format="png")
+    _save(figure, path, f"Test {metric_title(metric)} by the value of each setting; bands: standard deviation over seeds")
 
 
 def plot_search(path: Path, history: pd.DataFrame, winner: str, metric: str) -> None:
@@ -177,7 +182,7 @@ def plot_search(path: Path, history: pd.DataFrame, winner: str, metric: str) -> 
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="epoch", ylabel=f"validation {metric_title(metric)}")
     axis.legend(frameon=False, title="best trial")
-    figure.savefig(path, dpi=150, format="png")
+    _save(figure, path, f"Validation {metric_title(metric)} of every trial by epoch")
 
 
 def plot_importance(path: Path, scores: pd.Series, metric: str, n_trials: int) -> None:
@@ -189,7 +194,7 @@ def plot_importance(path: Path, scores: pd.Series, metric: str, n_trials: int) -
     axis.barh(range(len(scores)), scores.to_numpy()[::-1], color="C0")
     axis.set_yticks(range(len(scores)), list(scores.index[::-1]))
     axis.set(xlabel=f"importance for validation {metric_title(metric)} ({n_trials} trials)", xlim=(0, 1))
-    figure.savefig(path, dpi=150, format="png")
+    _save(figure, path, f"Importance of each setting for validation {metric_title(metric)}")
 
 
 def plot_parallel(path: Path, trials: pd.DataFrame, names: Sequence[str], metric: str) -> None:

@@ -19,6 +19,7 @@ from recbole_slifmr.benchmark import benchmark, make_plan
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.evaluation import evaluate, item_groups, mask_training_items_only
 from recbole_slifmr.experiment import fingerprint
+from recbole_slifmr.page import write_page
 
 SETTINGS = {"epochs": 2, "topk": [5, 10], "train_batch_size": 64, "valid_metric": "Recall@10"}
 
@@ -221,6 +222,9 @@ def test_a_benchmark_writes_everything_and_goes_on_where_it_stopped(folder, monk
     caption = (folder / "out" / "table.md").read_text()
     for text in ("at most 2 epochs, patience 10", "validation Recall@10", "training and validation", "defaults"):
         assert text in caption
+    page = write_page([folder / "out"], folder / "report.html").read_text()
+    assert "Benchmark on tiny" in page and caption.splitlines()[-1].split("*")[0] in page
+    assert page.count("data:image/png") == 2
     users = pd.read_parquet(folder / "out" / "per_user.parquet")
     assert len(users) == 40 and users["recall@10"].between(0, 1).all()
 

@@ -241,6 +241,7 @@ def test_without_recbole_the_import_says_how_to_install_it(tmp_path):
 
 LAYERS = [
     {"errors", "files", "paths"},
+    {"page"},
     {"graph", "layers", "loss", "diagnostics", "compat", "report", "plots", "distributed", "memory", "space", "sparse"},
     {"encoder", "data"},
     {"model", "callback"},

@@ -22,6 +22,7 @@ from recbole_slifmr.cli import main
 from recbole_slifmr.cli.tune import parse_resources, parse_seconds
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
 from recbole_slifmr.experiment import fingerprint, make_config, prepare, run
+from recbole_slifmr.page import write_page
 from recbole_slifmr.runs import ray_session
 from recbole_slifmr.search import make_search
 from recbole_slifmr.space import parse_space
@@ -72,6 +73,8 @@ def test_everything_is_written(searched):
         "best.yaml", "trials.csv", "history.parquet", "history.png", "parallel.html", "importance.png", "test.csv",
     }  # fmt: skip
     assert not [path for path in search.out.rglob("*.part")]
+    page = write_page([search.out], search.out.parent / "report.html").read_text()
+    assert "Search for LightGCN on tiny" in page and page.count("data:image/png") == 2
     trials = pd.read_csv(search.out / "trials.csv")
     assert len(trials) == 6 and list(trials["score"]) == sorted(trials["score"], reverse=True)
     history = pd.read_parquet(search.out / "history.parquet")

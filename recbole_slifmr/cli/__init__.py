@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 from recbole_slifmr import __version__
-from recbole_slifmr.cli import benchmark, extract, study, train, tune
+from recbole_slifmr.cli import benchmark, extract, report, study, train, tune
 from recbole_slifmr.errors import DataError, ProcessError, SettingError, UnknownSettingWarning
 
 FAILED, BAD_INPUT = 1, 2
@@ -21,8 +21,13 @@ def slifmr() -> None:
 
 
 for command in (
-    train.train, benchmark.benchmark_command, study.study, tune.tune_command, extract.extract_command
-):  # fmt: skip
+    train.train,
+    benchmark.benchmark_command,
+    study.study,
+    tune.tune_command,
+    report.report_command,
+    extract.extract_command,
+):
     slifmr.add_command(command)
 
 
