@@ -3,35 +3,35 @@
 const NUMBER = /^[-+]?\d+(\.\d+)?(e[-+]?\d+)?%?(\s*[±[].*)?[\s*]*$/i;
 const EMPTY = ["", "nan", "-"];
 
-function sortRows(table, column, rising) {
-  const body = table.tBodies[0];
-  const rows = Array.from(body.rows, (row) => ({ row, text: row.cells[column].textContent.trim() }));
-  const filled = rows.filter(({ text }) => !EMPTY.includes(text));
-  const numbers = filled.every(({ text }) => NUMBER.test(text));
-  const compare = numbers
-    ? (a, b) => parseFloat(a.text) - parseFloat(b.text)
-    : (a, b) => a.text.localeCompare(b.text, "en", { numeric: true });
-  filled.sort((a, b) => (rising ? compare(a, b) : compare(b, a)));
-  const empty = rows.filter(({ text }) => EMPTY.includes(text));
-  body.append(...[...filled, ...empty].map(({ row }) => row));
+function byNumber(a, b) {
+  return parseFloat(a.text) - parseFloat(b.text);
 }
 
-// The first click puts numbers with the largest first, words from a to z; the next turns that round.
+function byWord(a, b) {
+  return a.text.localeCompare(b.text, "en", { numeric: true });
+}
+
+// The first click puts numbers with the largest first, words from a to z; the next turns that round. Empty cells stay last.
+function sortBy(table, column) {
+  const headers = table.tHead.rows[0].cells;
+  const entries = Array.from(table.tBodies[0].rows, (row) => ({ row, text: row.cells[column].textContent.trim() }));
+  const filled = entries.filter(({ text }) => !EMPTY.includes(text));
+  const numbers = filled.every(({ text }) => NUMBER.test(text));
+  const before = headers[column].getAttribute("aria-sort");
+  const rising = before ? before === "descending" : !numbers;
+  const compare = numbers ? byNumber : byWord;
+  filled.sort((a, b) => (rising ? compare(a, b) : compare(b, a)));
+  for (const { row } of filled.concat(entries.filter((entry) => !filled.includes(entry)))) table.tBodies[0].append(row);
+  for (const header of headers) header.removeAttribute("aria-sort");
+  headers[column].setAttribute("aria-sort", rising ? "ascending" : "descending");
+}
+
 function makeSortable(table) {
-  const headers = Array.from(table.tHead.rows[0].cells);
-  headers.forEach((header, column) => {
+  Array.from(table.tHead.rows[0].cells).forEach((header, column) => {
     const button = document.createElement("button");
     button.append(...header.childNodes);
     header.append(button);
-    button.addEventListener("click", () => {
-      const before = header.getAttribute("aria-sort");
-      const texts = Array.from(table.tBodies[0].rows, (row) => row.cells[column].textContent.trim());
-      const words = texts.some((text) => !EMPTY.includes(text) && !NUMBER.test(text));
-      const rising = before ? before === "descending" : words;
-      headers.forEach((other) => other.removeAttribute("aria-sort"));
-      header.setAttribute("aria-sort", rising ? "ascending" : "descending");
-      sortRows(table, column, rising);
-    });
+    button.addEventListener("click", () => sortBy(table, column));
   });
 }
 
