@@ -102,7 +102,9 @@ def plot_robustness(path: Path, runs: pd.DataFrame, losses: Mapping[str, pd.Seri
     axes[0, 0].set_ylabel(f"test {metric_title(metric)}")
     axes[1, 0].set_ylabel(f"loss of {metric_title(metric)}, %")
     axes[0, 0].legend(frameon=False)
-    _save(figure, path, f"Test {metric_title(metric)} and its relative loss by noise level; bands: standard deviation over seeds")
+    _save(
+        figure, path, f"Test {metric_title(metric)} and its loss by noise level; bands: standard deviation over seeds"
+    )
 
 
 def plot_turnover(path: Path, turnover: Mapping[str, Sequence[tuple[float, float]]]) -> None:
@@ -136,7 +138,7 @@ def plot_cost(path: Path, runs: pd.DataFrame, metric: str) -> None:
                       fmt="o", color=f"C{i}", label=title, capsize=2)  # fmt: skip
     axis.set(xlabel="seconds of training", ylabel=f"test {metric_title(metric)}")
     axis.legend(frameon=False, fontsize=8)
-    _save(figure, path, f"Test {metric_title(metric)} by seconds of training; error bars: standard deviation over seeds")
+    _save(figure, path, f"Test {metric_title(metric)} by seconds of training; bars: standard deviation over seeds")
 
 
 def plot_sensitivity(path: Path, runs: pd.DataFrame, metric: str, signs: Sequence[str]) -> None:
@@ -164,7 +166,7 @@ def plot_sensitivity(path: Path, runs: pd.DataFrame, metric: str, signs: Sequenc
     axes[0, 0].set_ylabel(f"test {metric_title(metric)}")
     for axis in axes[:, 0]:
         axis.legend(frameon=False, fontsize=8)
-    _save(figure, path, f"Test {metric_title(metric)} by the value of each setting; bands: standard deviation over seeds")
+    _save(figure, path, f"Test {metric_title(metric)} by the value of each setting; bands: deviation over seeds")
 
 
 def plot_search(path: Path, history: pd.DataFrame, winner: str, metric: str) -> None:

@@ -114,9 +114,7 @@ def test_a_study_s_section_has_its_table_caption_plots_runs_and_manifest(tmp_pat
     assert page.tables[6] == [["name", "SLIFMR"], ["a", "0.25"], ["b", "0.1235 ± 0.01"]]
     (picture,) = page.all("img")
     assert picture["src"].startswith("data:image/png;base64,")
-    assert picture["alt"] == (
-        "Plot: Test scores; error bars: standard deviation over seeds (Noise ratio on toy)"
-    )
+    assert picture["alt"] == ("Plot: Test scores; error bars: standard deviation over seeds (Noise ratio on toy)")
     assert not page.all("nav")
 
 
