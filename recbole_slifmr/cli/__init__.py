@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 from recbole_slifmr import __version__
-from recbole_slifmr.cli import benchmark, extract, report, study, train, tune
+from recbole_slifmr.cli import benchmark, convert, extract, report, study, train, tune
 from recbole_slifmr.errors import DataError, ProcessError, SettingError, UnknownSettingWarning
 
 FAILED, BAD_INPUT = 1, 2
@@ -26,6 +26,7 @@ for command in (
     study.study,
     tune.tune_command,
     report.report_command,
+    convert.convert,
     extract.extract_command,
 ):
     slifmr.add_command(command)
