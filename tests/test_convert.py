@@ -298,6 +298,12 @@ def test_a_missing_space_in_the_list_of_items_is_seen_through(kgat, tmp_path):
     )
 
 
+def test_names_may_hold_spaces_and_numbers(kgat, tmp_path):
+    (kgat / "item_list.txt").write_text("org_id remap_id\n" + "".join(f"Part {i} of 3 {i}\n" for i in range(40)))
+    folder = convert_kgat(kgat, tmp_path / "out").folder
+    assert ("2", "Part 22 of 3") in pairs(folder / "book.test.inter")
+
+
 @pytest.mark.parametrize("size", [7, 40, 1 << 20])
 def test_blocks_of_any_size_read_the_same(kgat, tmp_path, monkeypatch, size):
     expected = convert_kgat(kgat, tmp_path / "a")
@@ -507,6 +513,17 @@ def test_a_conversion_that_fails_leaves_the_old_data_set(kgat, tmp_path):
         convert_kgat(kgat, tmp_path / "out", force=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["book"]
+
+
+def test_an_interrupted_conversion_leaves_nothing(kgat, tmp_path):
+    def open_file(path):
+        if path.name == "kg_final.txt":
+            raise KeyboardInterrupt
+        return path.open("rb")
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_kgat(kgat, tmp_path / "out", open_file=open_file)
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("name", ["a/b", "a b", ".a", "it's"])

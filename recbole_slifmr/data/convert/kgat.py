@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from recbole_slifmr.data.convert.source import Names, Open, find_file, open_binary, read_lines, read_numbers
+from recbole_slifmr.data.convert.source import Names, Open, extract, find_file, open_binary, read_lines, read_numbers
 from recbole_slifmr.data.convert.target import (
     ENTITY,
     HEAD,
@@ -37,7 +37,7 @@ from recbole_slifmr.errors import DataError
 Track = Callable[[Iterable[int], str], Iterable[int]]
 ROWS = 1 << 18  # written at a time
 NAME = r"^(?P<name>.+?)\s+(?P<number>\d{1,17})\s*$"
-ITEM_NAME = r"^(?P<name>.+?)\s+(?P<number>\d{1,17})(?:\s+\S+)\s*$"
+ITEM_NAME = r"^(?P<name>.+?)\s+(?P<number>\d{1,17})\s+\S+\s*$"
 
 
 class _Pairs(NamedTuple):
@@ -71,7 +71,7 @@ def convert_kgat(
         raise DataError(f"{source} is not a folder: name the one that holds KGAT's files")
     with atomic_folder(out, name or source.resolve().name, force) as atomic:
         users, items, entities, relations = (
-            _read_list(source / f"{kind}_list.txt", kind, open_file) for kind in ("user", "item", "entity", "relation")
+            _read_list(source / f"{kind}_list.txt", open_file) for kind in ("user", "item", "entity", "relation")
         )
         train, test = (_read_pairs(source / f"{split}.txt", open_file, atomic) for split in ("train", "test"))
         for pairs in (train, test):
@@ -92,18 +92,20 @@ def convert_kgat(
     return summarise(atomic, out / atomic.name)
 
 
-def _read_list(path: Path, kind: str, open_file: Open) -> Names:
+def _read_list(path: Path, open_file: Open) -> Names:
     if not path.is_file():
         return Names.none()
     lines = read_lines(path, "names and numbers", open_file)
-    if lines.iloc[0].startswith(("org_id", "\ufefforg_id")):
+    header = lines.iloc[0].split()
+    if header[:1] == ["org_id"]:
         lines = lines[1:]
+    three = header[2:] == ["freebase_id"]
     lines = lines[lines.str.strip() != ""]
     if lines.empty:
         raise DataError(f"{path} names nothing: fill it, or move it away to keep the numbers as tokens")
-    pairs = lines.str.extract(ITEM_NAME if kind == "item" else NAME)
+    pairs = extract(lines, ITEM_NAME if three else NAME)
     missing = pairs["number"].isna()
-    if kind == "item" and missing.any():
+    if three and missing.any():
         words = lines[missing].str.split(n=1, expand=True).reindex(columns=[0, 1]).fillna("")
         numbers = pd.Series([rest.strip().removesuffix(name) for name, rest in zip(words[0], words[1], strict=True)])
         pairs.loc[missing, "name"] = words[0].to_numpy()

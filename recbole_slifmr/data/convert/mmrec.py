@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from recbole_slifmr.data.convert.source import Names, Open, Table, open_binary, read_lines
+from recbole_slifmr.data.convert.source import Names, Open, Table, extract, open_binary, read_lines
 from recbole_slifmr.data.convert.target import (
     ITEM,
     RATING,
@@ -76,14 +76,14 @@ def _read_mapping(path: Path, open_file: Open) -> Names:
     lines = lines[lines.str.strip() != ""]
     if lines.empty:
         raise DataError(f"{path} holds nothing but its first line: fill it, or move it away")
-    pairs = lines.str.extract(r'^(?:"(?P<quoted>.*)"|(?P<name>.*))[\t,](?P<number>\d{1,17})\s*$')
+    pairs = extract(lines, r'^(?:"(?P<quoted>.*)"|(?P<name>.*))[\t,](?P<number>\d{1,17})\s*$')
     bad = pairs["number"].isna().to_numpy()
     if bad.any():
         row = int(bad.argmax())
         raise DataError(
             f"{path}, line {lines.index[row] + 1}: must read 'name, tab, number', not {lines.iloc[row].strip()[:60]!r}"
         )
-    tokens = pairs["name"].where(pairs["quoted"].isna(), pairs["quoted"].str.replace('""', '"'))
+    tokens = pairs["name"].where(pairs["quoted"] == "", pairs["quoted"].str.replace('""', '"'))
     return Names(path, pairs["number"].to_numpy(np.int64), tokens, lines.index.to_numpy() + 1)
 
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.csv
 
 from recbole_slifmr.errors import DataError
@@ -304,3 +305,13 @@ def read_lines(path: Path, what: str, open_file: Open = open_binary) -> pd.Serie
         except pa.ArrowInvalid as error:
             check_utf8(path)
             raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def extract(lines: pd.Series, pattern: str) -> pd.DataFrame:
+    """Return the named groups of a regular expression in each line, as columns.
+
+    A group that takes no part is empty; all are None where the expression does not match.
+    """
+    groups = pa.compute.extract_regex(pa.array(lines, pa.string()), pattern)
+    columns = {field.name: pa.compute.struct_field(groups, field.name).to_pandas() for field in groups.type}
+    return pd.DataFrame(columns).set_axis(lines.index)
