@@ -47,7 +47,7 @@ def convert_mmrec(
     """
     path = _find_interactions(source)
     table = Table(path, "interactions", "\t", open_file)
-    columns = [table.require(column, "a header as in MMRec") for column in ("userID", "itemID", "x_label")]
+    columns = [table.require(column, "name it as MMRec does") for column in ("userID", "itemID", "x_label")]
     columns += [column for column in ("rating", "timestamp") if column in table.columns]
     users, items = (_read_mapping(source / f"{side}_id_mapping.csv", open_file) for side in "ui")
     features = {file.name.removesuffix(FEATURES): read_matrix(file) for file in sorted(source.glob(f"*{FEATURES}"))}
@@ -92,7 +92,7 @@ def _split(table: Table, columns: list[str], users: Names, items: Names, atomic:
     last_item = -1
     for before, chunk in table.chunks(columns):
         numbers = {column: table.numbers(chunk[column], before) for column in columns}
-        for column, maximum in (("userID", 1e17), ("itemID", 1e17), ("x_label", 2)):
+        for column, maximum in (("userID", 2**53), ("itemID", 2**53), ("x_label", 2)):
             values = numbers[column]
             bad = ~(values.between(0, maximum) & (values % 1 == 0)).to_numpy()
             if bad.any():

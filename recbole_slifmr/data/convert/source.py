@@ -72,7 +72,7 @@ class Table:
         open_file: opens it.
 
     Raises:
-        DataError: if it is missing, empty or not UTF-8.
+        DataError: if it is missing, empty or not UTF-8, or names a column twice.
     """
 
     def __init__(self, path: Path, what: str, separator: str | None = None, open_file: Open = open_binary) -> None:
@@ -85,18 +85,21 @@ class Table:
                 raise
         self.separator = separator or max(SEPARATORS, key=header.count)
         self.columns = next(csv.reader([header], delimiter=self.separator), [])
+        twice = [name for name in self.columns if name and self.columns.count(name) > 1]
+        if twice:
+            raise DataError(f"{path}, line 1: the column '{twice[0]}' is there twice: rename one")
 
-    def require(self, column: str, option: str) -> str:
+    def require(self, column: str, fix: str) -> str:
         """Return the column's name if the file has it.
 
         Raises:
-            DataError: naming the columns and the option that names another.
+            DataError: naming the columns that there are, and what to do.
         """
         if column in self.columns:
             return column
         present = ", ".join(self.columns)
         raise DataError(
-            f"{self.path}, line 1: no column '{column}', only {present}: name it with {option}, or check the separator "
+            f"{self.path}, line 1: no column '{column}', only {present}: {fix}, or check the separator "
             f"(it was split at '{SEPARATORS.get(self.separator, self.separator)}')"
         )
 
@@ -132,7 +135,7 @@ class Table:
 
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
         """Yield the rows one by one, blank lines left out, each with the number of its last line."""
-        with self.path.open(encoding="utf-8-sig", newline="") as lines:
+        with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
             reader = csv.reader(lines, delimiter=self.separator)
             for row in reader:
                 if row:

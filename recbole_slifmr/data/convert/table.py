@@ -93,10 +93,13 @@ def convert_tables(
 
 
 def _add_interactions(atomic: AtomicFolder, table: Table, columns: Columns) -> None:
-    fields = {table.require(columns.user, "--user-column"): USER, table.require(columns.item, "--item-column"): ITEM}
+    fields = {
+        table.require(columns.user, "name it with --user-column"): USER,
+        table.require(columns.item, "name it with --item-column"): ITEM,
+    }
     for column, field, option in ((columns.rating, RATING, "rating"), (columns.time, TIME, "time")):
         if column in table.columns or column != getattr(Columns, option):
-            fields[table.require(column, f"--{option}-column")] = field
+            fields[table.require(column, f"name it with --{option}-column")] = field
     if len(fields) < 2:
         raise SettingError(f"users and items cannot both be in the column '{columns.user}'")
     for before, chunk in table.chunks(list(fields)):
@@ -110,11 +113,13 @@ def _add_interactions(atomic: AtomicFolder, table: Table, columns: Columns) -> N
 
 def _add_items(atomic: AtomicFolder, table: Table, columns: Columns) -> pd.Series:
     """Write the items; return their tokens in the order of the rows."""
-    key = table.require(columns.item, "--item-column")
+    key = table.require(columns.item, "name it with --item-column")
     names = [name for name in table.columns if name]
     for name in names:
-        if names.count(name) > 1 or ":" in name:
-            raise DataError(f"{table.path}, line 1: the column '{name}' is there twice or has a colon: rename it")
+        if ":" in name or "\t" in name or name == ITEM.split(":")[0] != key:
+            raise DataError(
+                f"{table.path}, line 1: the column '{name}' cannot keep its name beside '{ITEM}': rename it"
+            )
     frame = table.read(names)
     table.check_tokens(frame[key], unique=True)
     unknown = atomic.items - set(frame[key])
@@ -140,9 +145,9 @@ def _typed(values: pd.Series, name: str) -> tuple[str, pd.Series]:
 
 def _add_triples(atomic: AtomicFolder, table: Table, columns: Columns) -> None:
     fields = {
-        table.require(columns.head, "--head-column"): HEAD,
-        table.require(columns.relation, "--relation-column"): RELATION,
-        table.require(columns.tail, "--tail-column"): TAIL,
+        table.require(columns.head, "name it with --head-column"): HEAD,
+        table.require(columns.relation, "name it with --relation-column"): RELATION,
+        table.require(columns.tail, "name it with --tail-column"): TAIL,
     }
     for before, chunk in table.chunks(list(fields)):
         for column in fields:
@@ -158,8 +163,8 @@ def _add_links(atomic: AtomicFolder, triples: Path, table: Table | None, columns
         atomic.add_links(pd.DataFrame({ITEM: both, ENTITY: both}))
         return
     fields = {
-        table.require(columns.item, "--item-column"): ITEM,
-        table.require(columns.entity, "--entity-column"): ENTITY,
+        table.require(columns.item, "name it with --item-column"): ITEM,
+        table.require(columns.entity, "name it with --entity-column"): ENTITY,
     }
     links = table.read(list(fields))
     table.check_tokens(links[columns.item], unique=True)
