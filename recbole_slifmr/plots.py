@@ -102,9 +102,7 @@ def plot_robustness(path: Path, runs: pd.DataFrame, losses: Mapping[str, pd.Seri
     axes[0, 0].set_ylabel(f"test {metric_title(metric)}")
     axes[1, 0].set_ylabel(f"loss of {metric_title(metric)}, %")
     axes[0, 0].legend(frameon=False)
-    _save(
-        figure, path, f"Test {metric_title(metric)} and its loss by noise level; bands: standard deviation over seeds"
-    )
+    _save(figure, path, f"Test {metric_title(metric)} and its loss by noise level; bands: deviation over seeds")
 
 
 def plot_turnover(path: Path, turnover: Mapping[str, Sequence[tuple[float, float]]]) -> None:
