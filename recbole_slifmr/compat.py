@@ -22,7 +22,7 @@ import pickle
 import secrets
 import sys
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ from recbole.model import general_recommender as general
 from recbole.model import knowledge_aware_recommender as knowledge_aware
 from recbole.model import sequential_recommender as sequential
 from recbole.model.abstract_recommender import AbstractRecommender
-from recbole.trainer import MKRTrainer, Trainer
+from recbole.trainer import MKRTrainer, PretrainTrainer, Trainer
 from recbole.utils import enum_type, set_color
 
 REPAIRS: dict[str, Callable[[], bool]] = {}
@@ -351,11 +351,12 @@ def checkpoint_saving() -> bool:
     if _refers_to(Trainer._save_checkpoint, "replace"):
         return False
     Trainer._checkpoint_state, Trainer._save_checkpoint = _checkpoint_state, _save_checkpoint
+    PretrainTrainer.save_pretrained_model = _save_pretrained_model
     return True
 
 
 def _checkpoint_state(self: Any, epoch: int) -> dict[str, Any]:
-    """Return what the checkpoint of an epoch holds."""
+    """Return what the checkpoint of an epoch holds; ``data_record`` is what says which data it was trained on."""
     return {
         "config": _of_one_process(self.config),
         "epoch": epoch,
@@ -364,6 +365,7 @@ def _checkpoint_state(self: Any, epoch: int) -> dict[str, Any]:
         "state_dict": self.model.state_dict(),
         "other_parameter": self.model.other_parameter(),
         "optimizer": self.optimizer.state_dict(),
+        **({"data": self.data_record} if hasattr(self, "data_record") else {}),
     }
 
 
@@ -377,18 +379,40 @@ def _of_one_process(config: Any) -> Any:
     return single
 
 
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[str]:
+    """Give a name to write to, and move what is there to `path` once it is whole."""
+    part = f"{path}.{secrets.token_hex(4)}.part"
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+        raise
+
+
+def _save_pretrained_model(self: Any, epoch: int, saved_model_file: Any) -> None:
+    """Save the state after an epoch of pretraining, as RecBole does."""
+    path = os.fspath(saved_model_file)
+    state = {
+        "config": self.config,
+        "epoch": epoch,
+        "state_dict": self.model.state_dict(),
+        "optimizer": self.optimizer.state_dict(),
+        "other_parameter": self.model.other_parameter(),
+    }
+    with _replacing(path) as part:
+        torch.save(state, part, pickle_protocol=2)
+    self.saved_model_file = saved_model_file
+
+
 def _save_checkpoint(self: Any, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
     """Save the state of the training; in a distributed run, the first process of each machine does, and all wait."""
     if self.config["single_spec"] or self.config["local_rank"] == 0:
         path = os.fspath(kwargs.pop("saved_model_file", self.saved_model_file))
-        part = f"{path}.{secrets.token_hex(4)}.part"
-        try:
+        with _replacing(path) as part:
             torch.save(self._checkpoint_state(epoch), part, pickle_protocol=2)
-            os.replace(part, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(part)
-            raise
         if verbose:
             self.logger.info(set_color("Saving current", "blue") + f": {path}")
     if not self.config["single_spec"]:

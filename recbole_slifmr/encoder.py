@@ -263,7 +263,7 @@ class KnowledgeEncoder(nn.Module):
                 f"kg_relation_weight must be one of {', '.join(RELATION_WEIGHTS)}, not '{relation_weight}'"
             )
         self.n_items, self.n_layers, self.ego = n_items, n_layers, ego or n_layers == 0
-        triples = _filter_by_degree(_unique_triples(triples), n_entities, n_items, degree_range)
+        triples = filter_by_degree(_unique_triples(triples), n_entities, n_items, degree_range)
         self.n_triples = len(triples)
         relation = torch.unique(triples[:, 1], return_inverse=True)[1]
         if relation_weight == "uniform":
@@ -367,7 +367,7 @@ def _unique_triples(triples: Tensor) -> Tensor:
     return torch.stack([torch.div(pairs, n_relations, rounding_mode="floor"), pairs % n_relations, tail], dim=1)
 
 
-def _filter_by_degree(triples: Tensor, n_entities: int, n_items: int, degree_range: tuple[int, int]) -> Tensor:
+def filter_by_degree(triples: Tensor, n_entities: int, n_items: int, degree_range: tuple[int, int]) -> Tensor:
     """Keep the triples whose non-item ends have a number of triples within the range."""
     low, high = degree_range
     degree = torch.bincount(triples[:, [0, 2]].flatten(), minlength=n_entities)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
-import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from recbole.data import create_dataset, data_preparation
 from recbole.trainer import PretrainTrainer
 from recbole.utils import ModelType, get_model, get_trainer, init_logger, init_seed
 
+from recbole_slifmr.checkpoint import check_data, data_record, read_checkpoint
 from recbole_slifmr.distributed import launch, stay_on_this_machine
 from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
 from recbole_slifmr.evaluation import evaluate, mask_training_items_only
@@ -126,7 +126,7 @@ def run(
     trainer = prepared.trainer
     getLogger().info(trainer.model)
     if resume is not None:
-        _resume(trainer, Path(resume))
+        _resume(prepared, Path(resume))
 
     curve: list[tuple[int, float, float]] = []
     start = perf_counter()
@@ -176,8 +176,11 @@ def prepare(config: Config, split_seed: int | None = None) -> Prepared:
     Raises:
         DataError, SettingError: for data or settings that cannot be used.
     """
+    split_seed = config["seed"] if split_seed is None else split_seed
     train, valid, test = load_data(config, split_seed)
-    return Prepared(config, train, valid, test, make_trainer(config, train))
+    trainer = make_trainer(config, train)
+    trainer.data_record = data_record(train._dataset, split_seed)
+    return Prepared(config, train, valid, test, trainer)
 
 
 def load_data(config: Config, split_seed: int | None = None) -> tuple[Any, Any, Any]:
@@ -300,14 +303,16 @@ def bad_input(
         raise kind(" ".join(str(error).split())) from error
 
 
-def _resume(trainer: Any, checkpoint: Path) -> None:
-    if not checkpoint.is_file():
-        raise SettingError(f"checkpoint {checkpoint} not found")
+def _resume(prepared: Prepared, checkpoint: Path) -> None:
+    state, own = read_checkpoint(checkpoint), prepared.config["model"]
+    if state["config"]["model"] != own:
+        raise SettingError(f"{checkpoint} is no checkpoint of {own}, but of {state['config']['model']}")
+    check_data(checkpoint, state, prepared.train_data._dataset)
     try:
-        trainer.resume_checkpoint(checkpoint)
+        prepared.trainer.resume_checkpoint(checkpoint)
     except SettingError:
         raise
-    except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError, EOFError) as error:
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SettingError(f"{checkpoint} is no checkpoint of this model, data set and learner: {reason}") from error
 

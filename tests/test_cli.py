@@ -184,7 +184,7 @@ BAD = {
     "large topk": (["--topk=[50]", "--valid_metric=Recall@50"], "topk: 50 is more than the 15 items of 'tiny'"),
     "config file of words": (["--config_files=words.yaml"], "config file words.yaml holds no settings"),
     "config file that is no YAML": (["--config_files=bad.yaml"], "config file bad.yaml is not YAML"),
-    "checkpoint that is none": (["--resume=words.yaml"], "words.yaml is no checkpoint of this model"),
+    "checkpoint that is none": (["--resume=words.yaml"], "words.yaml cannot be read as a checkpoint"),
     "resume on several machines": (["--resume=x.pth", "--nproc=2"], "--resume works in a single process"),
     "negative layers": (["--kg_n_layers=-1"], "kg_n_layers must be 0 or more, not -1"),
     "wrong type": (["--stopping_step=abc"], "stopping_step must be a whole number, not 'abc'"),

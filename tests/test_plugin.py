@@ -242,15 +242,16 @@ def test_without_recbole_the_import_says_how_to_install_it(tmp_path):
 LAYERS = [
     {"errors", "files", "paths"},
     {"page"},
-    {"graph", "layers", "loss", "diagnostics", "compat", "report", "plots", "distributed", "memory", "space", "sparse"},
+    {"checkpoint", "compat", "diagnostics", "distributed", "graph", "layers", "loss", "memory", "plots", "report"},
+    {"space", "sparse"},
     {"encoder", "data"},
     {"model", "callback"},
     {"trainer"},
     {"plugin", "evaluation"},
     {"experiment"},
-    {"runs", "search"},
-    {"trial", "outcome", "benchmark"},
-    {"tune", "study"},
+    {"runs", "search", "trained"},
+    {"trial", "outcome", "benchmark", "recommend", "export"},
+    {"tune", "study", "explain"},
     {"cli"},
 ]
 PURE = ("graph", "layers", "loss", "diagnostics", "encoder", "space", "sparse")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 from recbole_slifmr import __version__
-from recbole_slifmr.cli import benchmark, convert, extract, report, study, train, tune
+from recbole_slifmr.cli import benchmark, convert, export, extract, recommend, report, study, train, tune
 from recbole_slifmr.errors import DataError, ProcessError, SettingError, UnknownSettingWarning
 
 FAILED, BAD_INPUT = 1, 2
@@ -25,9 +25,18 @@ for command in (
     benchmark.benchmark_command,
     study.study,
     tune.tune_command,
+for command in (
+    train.train,
+    benchmark.benchmark_command,
+    study.study,
+    tune.tune_command,
     report.report_command,
+    recommend.recommend,
+    export.export_command,
     convert.convert,
     extract.extract_command,
+):
+    slifmr.add_command(command)
 ):
     slifmr.add_command(command)
 

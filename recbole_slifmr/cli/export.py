@@ -1,0 +1,29 @@
+"""``slifmr export``: representations as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from recbole_slifmr.cli.recommend import TRAINED_OPTIONS
+from recbole_slifmr.cli.settings import with_options
+
+
+@click.command(name="export", context_settings={"help_option_names": ["-h", "--help"]})
+@with_options(
+    *TRAINED_OPTIONS,
+    click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the files."),
+    click.option("--faiss", is_flag=True, help="Write a FAISS index of the items too (extra 'ann')."),
+)
+def export_command(checkpoint: Path, data_path: str | None, dataset: str | None, out: Path, faiss: bool) -> None:
+    """Export users and items: slifmr export --checkpoint=saved/SLIFMR-....pth --out=vectors.
+
+    The inner product of a row of users.npy and one of items.npy is the model's score; users.txt and items.txt name
+    the rows.
+    """
+    from recbole_slifmr.export import export
+    from recbole_slifmr.trained import load_trained
+
+    for file in export(load_trained(checkpoint, data_path, dataset), out, faiss):
+        click.echo(file)

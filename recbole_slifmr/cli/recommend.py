@@ -1,0 +1,146 @@
+"""``slifmr recommend``: the best items for users, the nearest items of an item."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from recbole_slifmr.cli.settings import with_options
+from recbole_slifmr.errors import DataError, SettingError
+
+TRAINED_OPTIONS = [
+    click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="File that a training saved."),
+    click.option("--data_path", "--data-path", default=None, help="Folder of the data set's folder, if it moved."),
+    click.option("--dataset", "-d", default=None, help="Name of the data set, if it changed."),
+]
+
+
+def _read_tokens(file: Path) -> list[str]:
+    """Return the tokens of a file, one a line."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from error
+    tokens = [line.strip() for line in lines if line.strip()]
+    if not tokens:
+        raise DataError(f"{file} holds no tokens: it should have one a line")
+    return tokens
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@with_options(
+    *TRAINED_OPTIONS,
+    click.option("--users", default=None, help="User tokens with commas between them."),
+    click.option("--users_file", "--users-file", type=click.Path(path_type=Path), help="File of user tokens."),
+    click.option("--all", "everybody", is_flag=True, help="Recommend to all users."),
+    click.option("--similar_items", "--similar-items", "item", default=None, help="Item whose nearest items to show."),
+    click.option("--k", default=20, show_default=True, type=click.IntRange(min=1), help="Items per user."),
+    click.option("--exclude_seen/--include_seen", "--exclude-seen/--include-seen", "exclude_seen", default=True,
+                 help="Leave out the user's items in the training, validation and test split.  [exclude]"),
+    click.option("--candidates", type=click.Path(path_type=Path), help="File of the items that may be recommended."),
+    click.option("--explain", is_flag=True, help="Say why (SLIFMR only); a table, or nested fields with jsonl."),
+    click.option("--format", "kind", type=click.Choice(["csv", "jsonl", "parquet"]),
+                 help="Of the output.  [that of --out's name, else csv]"),
+    click.option("--out", type=click.Path(path_type=Path), help="File to write; printed without."),
+)  # fmt: skip
+def recommend(
+    checkpoint: Path,
+    data_path: str | None,
+    dataset: str | None,
+    users: str | None,
+    users_file: Path | None,
+    everybody: bool,
+    item: str | None,
+    k: int,
+    exclude_seen: bool,
+    candidates: Path | None,
+    explain: bool,
+    kind: str | None,
+    out: Path | None,
+) -> None:
+    """Recommend items: slifmr recommend --checkpoint=saved/SLIFMR-....pth --users=196,186 --k=10.
+
+    Users and items are named as in the data set's files. Files of tokens hold one a line.
+    """
+    if sum([users is not None, users_file is not None, everybody, item is not None]) != 1:
+        raise SettingError("name users with --users, --users-file or --all, or an item with --similar-items")
+    if explain and (everybody or item is not None):
+        raise SettingError("--explain is for users named by --users or --users-file")
+    as_table = explain and kind is None and out is None
+    suffix = out.suffix[1:] if out is not None else ""
+    kind = kind or (suffix if suffix in ("csv", "jsonl", "parquet") else "jsonl" if explain else "csv")
+    if explain and kind != "jsonl":
+        raise SettingError(f"explanations are nested, and {kind} is flat: leave out --format or set it to jsonl")
+
+    from recbole_slifmr.recommend import recommend as rank
+    from recbole_slifmr.recommend import similar_items, table, write_tables
+    from recbole_slifmr.trained import load_trained
+
+    trained = load_trained(checkpoint, data_path, dataset)
+    if item is not None:
+        write_tables([similar_items(trained, int(trained.item_ids([item])[0]), k)], kind, out, sys.stdout)
+        return
+    if everybody:
+        import numpy as np
+
+        ids = np.arange(1, trained.n_users)
+    else:
+        tokens = _read_tokens(users_file) if users_file else [user.strip() for user in (users or "").split(",")]
+        ids = trained.user_ids(tokens)
+    allowed = None if candidates is None else trained.item_ids(_read_tokens(candidates))
+    rankings = rank(trained, ids, k, exclude_seen, allowed)
+    if explain:
+        from recbole_slifmr.explain import Explainer
+
+        explainer = Explainer(trained)
+
+    def tables() -> Iterator[pd.DataFrame]:
+        for ranking in rankings:
+            frame = table(ranking, trained.user_tokens, trained.item_tokens)
+            if explain:
+                frame["explanation"] = [reason for row in explainer.explain(ranking) for reason in row]
+            yield frame
+
+    if as_table:
+        for frame in tables():
+            _print_explained(frame)
+    else:
+        n_rows = write_tables(tables(), kind, out, sys.stdout)
+        if out is not None:
+            click.echo(f"{n_rows} recommendations for {len(ids)} users: {out}")
+
+
+def _print_explained(frame: pd.DataFrame) -> None:
+    """Print a table per user."""
+    console = Console()
+    for user, rows in frame.groupby("user", sort=False):
+        views = rows["explanation"].iloc[0]["user_views"]
+        title = f"user {user}" + (f", views: {_weights(views)}" if views else "")
+        shown = Table("rank", "item", "score", "views", "near items of the user", "shared entities", title=Text(title))
+        for row in rows.itertuples():
+            cells = (str(row.rank), row.item, f"{row.score:.4f}", *_reasons(row.explanation))
+            shown.add_row(*map(Text, cells))  # as text: a token may hold brackets
+        console.print(shown)
+
+
+def _weights(views: dict[str, float]) -> str:
+    return ", ".join(f"{name} {weight:.2f}" for name, weight in views.items())
+
+
+def _reasons(explanation: dict[str, Any]) -> tuple[str, str, str]:
+    return (
+        _weights(explanation["item_views"] or {}),
+        ", ".join(f"{near['item']} ({near['cosine']:.2f})" for near in explanation["neighbours"]),
+        "\n".join(
+            f"{shared['relation']} {shared['entity']}: {', '.join(shared['items'])}"
+            for shared in explanation["shared_entities"]
+        ),
+    )
