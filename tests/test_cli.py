@@ -116,6 +116,45 @@ def test_train_reads_config_files_and_resumes(work):
     assert "1 epochs in" in again.stdout
 
 
+def test_a_run_resumed_from_the_shell_ends_as_the_uninterrupted_one(work):
+    arguments = ["train", "--model=SLIFMR", "--dataset=tiny", "--prune_ratio=0.2", "--refresh_interval=adaptive"]
+    arguments += ["--topk=[5]", "--valid_metric=Recall@5", "--show_progress=False", "--learning_rate=0.01"]
+
+    def train(*more):
+        done = command(*arguments, *more, cwd=work, module="slifmr")
+        assert done.returncode == 0, done.stderr
+        table = [line for line in done.stdout.splitlines() if "@5" in line]
+        checkpoint = next(line for line in done.stdout.splitlines() if line.startswith("checkpoint: "))[12:]
+        return table, checkpoint, torch.load(work / checkpoint)
+
+    whole_table, _, whole = train("--epochs=6")
+    _, checkpoint, half = train("--epochs=2")
+    table, _, resumed = train("--epochs=6", f"--resume={checkpoint}")
+    assert half["epoch"] < 2 <= whole["epoch"] == resumed["epoch"], "the best epoch is one that both have trained"
+    assert table == whole_table
+    for part in ("state_dict", "other_parameter"):
+        for name, value in whole[part].items():
+            assert torch.equal(resumed[part][name], value), name
+    for name in ("cur_step", "best_valid_score", "best_valid_result", "callbacks"):
+        assert resumed[name] == whole[name], name
+    moments = zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values(), strict=True)
+    assert all(torch.equal(one[name], two[name]) for one, two in moments for name in one)
+    assert torch.equal(resumed["random_states"]["torch"], whole["random_states"]["torch"])
+    assert torch.equal(resumed["random_states"]["loader"], whole["random_states"]["loader"])
+    assert resumed["data"] == whole["data"]
+
+
+def test_resuming_from_another_model_is_refused(work, monkeypatch, capsys):
+    """LightGCN and BPR have parameters of the same names and sizes."""
+    monkeypatch.chdir(work)
+    from recbole_slifmr.experiment import run
+
+    settings = {"epochs": 1, "topk": [5], "show_progress": False, "state": "ERROR"}
+    checkpoint = run("BPR", "tiny", settings=settings).checkpoint
+    with pytest.raises(SettingError, match="is no checkpoint of LightGCN, but of BPR"):
+        run("LightGCN", "tiny", settings={**settings, "epochs": 2}, resume=checkpoint)
+
+
 def test_resuming_a_finished_run_is_refused(work, monkeypatch, capsys):
     monkeypatch.chdir(work)
     from recbole_slifmr.experiment import run

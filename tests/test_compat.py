@@ -358,7 +358,7 @@ def check_checkpoint_saving() -> None:
     """RecBole writes what torch refuses, and spoils the file if it is stopped; the repair does neither."""
     import pickle
 
-    from recbole.trainer import Trainer
+    from recbole.trainer import PretrainTrainer, Trainer
 
     compat.apply(skip={"checkpoint_saving"})
     trainer, _ = start("BPR")
@@ -390,6 +390,15 @@ def check_checkpoint_saving() -> None:
     assert state["epoch"] == 0
     trainer.resume_checkpoint(trainer.saved_model_file)
     assert trainer.start_epoch == 1
+
+    pretrainer = PretrainTrainer(trainer.config, trainer.model)
+    pretrainer.save_pretrained_model(0, "pretrained.pth")
+    torch.save = stop
+    with pytest.raises(KeyboardInterrupt):
+        pretrainer.save_pretrained_model(1, "pretrained.pth")
+    torch.save = save
+    assert torch.load(pretrainer.saved_model_file)["epoch"] == 0
+    assert not list(Path().glob("*.part"))
 
     class Extended(Trainer):
         def _checkpoint_state(self, epoch: int) -> dict[str, Any]:

@@ -463,27 +463,32 @@ def test_checkpoints_without_a_record_of_their_data_load(trained, capsys, moved)
     )
 
 
-CHANGES = {
-    "training interactions": lambda folder, lines: (folder / "copy.inter").write_text(
-        "\n".join([*lines[:-1], lines[-1].split("\t")[0] + "\ti" + str(unseen(lines))]) + "\n"
-    ),
-    "features 'text'": lambda folder, lines: np.save(folder / "text.npy", np.load(folder / "text.npy") + 1),
-    "relation tokens": lambda folder, lines: (folder / "copy.kg").write_text(
-        (folder / "copy.kg").read_text().replace("\tr2\t", "\tr7\t")
-    ),
-}
-
-
-def unseen(lines):
-    """Return an item that the last user did not interact with."""
+def change_a_user(folder):
+    """Give the user of the last line other items, as many as before."""
+    file = folder / "copy.inter"
+    header, *lines = file.read_text().splitlines()
     user = lines[-1].split("\t")[0]
-    taken = {line.split("\t")[1] for line in lines if line.split("\t")[0] == user}
-    return next(i for i in range(15) if f"i{i}" not in taken)
+    taken = {line.split("\t")[1] for line in lines if line.startswith(f"{user}\t")}
+    others = (f"{user}\ti{i}" for i in range(15) if f"i{i}" not in taken)
+    lines = [next(others) if line.startswith(f"{user}\t") else line for line in lines]
+    file.write_text("\n".join([header, *lines]) + "\n")
+
+
+def change_a_relation(folder):
+    file = folder / "copy.kg"
+    file.write_text(file.read_text().replace("\tr2\t", "\tr7\t"))
+
+
+CHANGES = {
+    "training interactions": change_a_user,
+    "features 'text'": lambda folder: np.save(folder / "text.npy", np.load(folder / "text.npy") * [1, 1, 1, 1, 1, 2]),
+    "relation tokens": change_a_relation,
+}
 
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_other_data_of_equal_sizes_are_named(trained, capsys, moved, what):
-    CHANGES[what](moved, (moved / "copy.inter").read_text().splitlines())
+    CHANGES[what](moved)
     there = [f"--data_path={moved.parent}", "--dataset=copy"]
     done = slifmr(capsys, "export", "--checkpoint", trained(), "--out=vectors", *there)
     assert done.status == 2 and what in done.error.split(" gives: ")[1].split(";")[0]
