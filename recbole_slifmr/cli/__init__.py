@@ -25,18 +25,11 @@ for command in (
     benchmark.benchmark_command,
     study.study,
     tune.tune_command,
-for command in (
-    train.train,
-    benchmark.benchmark_command,
-    study.study,
-    tune.tune_command,
     report.report_command,
     recommend.recommend,
     export.export_command,
     convert.convert,
     extract.extract_command,
-):
-    slifmr.add_command(command)
 ):
     slifmr.add_command(command)
 

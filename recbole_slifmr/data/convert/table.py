@@ -28,7 +28,8 @@ from recbole_slifmr.data.convert.target import (
     read_matrix,
     summarise,
 )
-from recbole_slifmr.data.features import IDS_FILE, RESERVED
+from recbole_slifmr.data.features import RESERVED
+from recbole_slifmr.data.vectors import IDS_FILE
 from recbole_slifmr.errors import DataError, SettingError
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from recbole_slifmr.data.features import IDS_FILE
+from recbole_slifmr.data.vectors import IDS_FILE
 from recbole_slifmr.errors import DataError, SettingError
 
 USER, ITEM, RATING, TIME = "user_id:token", "item_id:token", "rating:float", "timestamp:float"
