@@ -43,6 +43,24 @@ def number(tokens):
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
 
+def spoil(path, content):
+    """Write a file anew, as text, bytes or a matrix, or remove it."""
+    if content is None:
+        path.unlink()
+    elif isinstance(content, np.ndarray):
+        np.save(path, content)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def expect_error(message, out, convert):
+    """Convert into a folder; the error is one line, and nothing is left."""
+    with pytest.raises(DataError, match=message) as error:
+        convert(out)
+    assert "\n" not in str(error.value)
+    assert not out.exists() or not list(out.iterdir())
+
+
 def fixed_split(folder):
     """Give a set with one ``.inter`` a fixed split and links that all lead somewhere; return its folder."""
     name = folder.name
@@ -234,14 +252,8 @@ def test_names_with_commas_and_quotes_are_kept(mmrec, tmp_path):
     ids=lambda value: value if isinstance(value, str) and "\n" not in value else "",
 )
 def test_what_is_wrong_with_mmrec_s_files_is_named_and_nothing_is_written(mmrec, tmp_path, file, text, message):
-    if isinstance(text, np.ndarray):
-        np.save(mmrec / file, text)
-    else:
-        (mmrec / file).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(DataError, match=message) as error:
-        convert_mmrec(mmrec, tmp_path / "out")
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    spoil(mmrec / file, text)
+    expect_error(message, tmp_path / "out", lambda out: convert_mmrec(mmrec, out))
 
 
 # -- KGAT --------------------------------------------------------------------------------------------------------------
@@ -338,14 +350,8 @@ def test_blocks_of_any_size_read_the_same(kgat, tmp_path, monkeypatch, size):
     ids=lambda value: value if isinstance(value, str) and "\n" not in value else "",
 )
 def test_what_is_wrong_with_kgat_s_files_is_named_and_nothing_is_written(kgat, tmp_path, file, text, message):
-    if text is None:
-        (kgat / file).unlink()
-    else:
-        (kgat / file).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(DataError, match=message) as error:
-        convert_kgat(kgat, tmp_path / "out")
-    assert "\n" not in str(error.value)
-    assert not list((tmp_path / "out").iterdir())
+    spoil(kgat / file, text)
+    expect_error(message, tmp_path / "out", lambda out: convert_kgat(kgat, out))
 
 
 def test_an_archive_without_triples_is_named(kgat, tmp_path):
@@ -448,15 +454,9 @@ def test_features_of_several_files_are_put_in_one_order(tables, tmp_path):
     ids=lambda value: value if isinstance(value, str) and "\n" not in value else "",
 )
 def test_what_is_wrong_with_tables_is_named_and_nothing_is_written(tables, tmp_path, file, text, message):
-    if isinstance(text, np.ndarray):
-        np.save(tables / file, text)
-    else:
-        (tables / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    spoil(tables / file, text)
     files = {"items": tables / "items.csv", "triples": tables / "kg.csv", "features": {"image": tables / "image.npy"}}
-    with pytest.raises(DataError, match=message) as error:
-        convert_shop(tables, tmp_path / "out", **files)
-    assert "\n" not in str(error.value)
-    assert not list((tmp_path / "out").iterdir())
+    expect_error(message, tmp_path / "out", lambda out: convert_shop(tables, out, **files))
 
 
 @pytest.mark.parametrize(
@@ -464,8 +464,8 @@ def test_what_is_wrong_with_tables_is_named_and_nothing_is_written(tables, tmp_p
     [
         ({"id": ["b0"], "x": [1.0]}, "has no column 'what', only id, x: name the items' column with --item-column"),
         ({"what": ["b0"], "x": ["y"]}, "either columns of numbers or one column of lists"),
-        ({"what": ["b0", "b1"], "x": [[1.0], [1.0, 2.0]]}, "row 2: 'x' is missing or of another length"),
-        ({"what": ["b0", "b0"], "x": [1.0, 2.0]}, "row 2: item 'b0' is there twice"),
+        ({"what": ["b0", "b1"], "x": [[1.0], [1.0, 2.0]]}, "row 1: 'x' is missing or of another length"),
+        ({"what": ["b0", "b0"], "x": [1.0, 2.0]}, "row 1: item 'b0' is there twice"),
         ({"what": ["c"], "x": [1.0]}, "none of its 1 items .such as 'c'. has an interaction"),
         ({"what": ["b0"], "x": [float("nan")]}, "row 0: NaN or infinite"),
     ],

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,9 +75,6 @@ def convert_kgat(
             _read_list(source / f"{kind}_list.txt", open_file) for kind in ("user", "item", "entity", "relation")
         )
         train, test = (_read_pairs(source / f"{split}.txt", open_file, atomic) for split in ("train", "test"))
-        for pairs in (train, test):
-            _check(users, pairs.path, pairs.users, pairs.lines, "user")
-            _check(items, pairs.path, pairs.items, pairs.lines, "item")
         _note_overlap(train, test, atomic)
         held_out = _draw(train.users, seed)
         n_few = int((np.bincount(pd.factorize(train.users)[0]) < 5).sum())
@@ -137,12 +135,6 @@ def _read_pairs(path: Path, open_file: Open, atomic: AtomicFolder) -> _Pairs:
     return _Pairs(path, *(part[~twice] for part in pairs))
 
 
-def _check(names: Names, path: Path, numbers: np.ndarray, lines: np.ndarray, what: str) -> None:
-    unknown = names.unknown(numbers)
-    if len(unknown):
-        raise names.error(path, int(lines[unknown[0]]), what, int(numbers[unknown[0]]))
-
-
 def _note_overlap(train: _Pairs, test: _Pairs, atomic: AtomicFolder) -> None:
     both = pd.MultiIndex.from_arrays([test.users, test.items]).isin(
         pd.MultiIndex.from_arrays([train.users, train.items])
@@ -171,8 +163,12 @@ def _write_pairs(
         raise DataError(f"{pairs.path} leaves no interactions for validation: no user has five")
     for start in track(range(0, len(rows), ROWS), f"write {split}.inter"):
         part = rows[start : start + ROWS]
-        frame = pd.DataFrame({USER: users.take(pairs.users[part]), ITEM: items.take(pairs.items[part])})
-        atomic.add_interactions(frame, split)
+        where = partial(_where, pairs.path, pairs.lines[part])
+        columns = {
+            USER: users.take(pairs.users[part], where, "user"),
+            ITEM: items.take(pairs.items[part], where, "item"),
+        }
+        atomic.add_interactions(pd.DataFrame(columns), split)
 
 
 def _open_triples(source: Path, open_file: Open) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
@@ -217,21 +213,19 @@ def _read_triples(source: Path, open_file: Open, atomic: AtomicFolder) -> tuple[
 def _write_triples(
     atomic: AtomicFolder, path: Path, triples: pd.DataFrame, entities: Names, relations: Names, track: Track
 ) -> None:
-    lines = triples["line"].to_numpy()
-    for column, names, what in (("head", entities, "entity"), ("relation", relations, "relation"),
-                                ("tail", entities, "entity")):  # fmt: skip
-        _check(names, path, triples[column].to_numpy(), lines, what)
     for start in track(range(0, len(triples), ROWS), "write kg"):
         part = triples.iloc[start : start + ROWS]
-        atomic.add_triples(
-            pd.DataFrame(
-                {
-                    HEAD: entities.take(part["head"].to_numpy()),
-                    RELATION: relations.take(part["relation"].to_numpy()),
-                    TAIL: entities.take(part["tail"].to_numpy()),
-                }
-            )
-        )
+        where = partial(_where, path, part["line"].to_numpy())
+        columns = {
+            HEAD: entities.take(part["head"].to_numpy(), where, "entity"),
+            RELATION: relations.take(part["relation"].to_numpy(), where, "relation"),
+            TAIL: entities.take(part["tail"].to_numpy(), where, "entity"),
+        }
+        atomic.add_triples(pd.DataFrame(columns))
+
+
+def _where(path: Path, lines: np.ndarray, row: int) -> str:
+    return f"{path}, line {lines[row]}"
 
 
 def _link(
@@ -242,4 +236,8 @@ def _link(
     numbers = numbers[np.isin(numbers, np.concatenate([triples["head"].unique(), triples["tail"].unique()]))]
     if len(numbers) == 0:
         raise DataError(f"no item of {train.path} is an entity of the triples: item i must be entity i")
-    atomic.add_links(pd.DataFrame({ITEM: items.take(numbers), ENTITY: entities.take(numbers)}))
+    columns = {
+        ITEM: items.take(numbers, str, "item"),
+        ENTITY: entities.take(numbers, str, "entity"),
+    }  # all known by now
+    atomic.add_links(pd.DataFrame(columns))

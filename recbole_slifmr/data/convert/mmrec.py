@@ -7,6 +7,7 @@ timestamp; row k of ``image_feat.npy`` and ``text_feat.npy`` belongs to item k; 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,13 +100,12 @@ def _split(table: Table, columns: list[str], users: Names, items: Names, atomic:
                 row = int(bad.argmax())
                 wanted = "0, 1 or 2" if column == "x_label" else "a whole number from 0"
                 raise DataError(
-                    f"{table.path}, line {table.line(before + row)}: '{column}' must be {wanted}, not "
-                    f"{chunk[column].iloc[row]!r}"
+                    f"{_where(table, before, row)}: '{column}' must be {wanted}, not {chunk[column].iloc[row]!r}"
                 )
         frame = pd.DataFrame(index=chunk.index)
         for column, field, names in (("userID", USER, users), ("itemID", ITEM, items)):
             ids = numbers[column].to_numpy(np.int64)
-            frame[field] = _take(table, names, ids, before, column)
+            frame[field] = names.take(ids, partial(_where, table, before), column)
             last_item = max(last_item, int(ids.max())) if field == ITEM else last_item
         for column, field in (("rating", RATING), ("timestamp", TIME)):
             if column in columns:
@@ -121,11 +121,8 @@ def _split(table: Table, columns: list[str], users: Names, items: Names, atomic:
     return last_item
 
 
-def _take(table: Table, names: Names, ids: np.ndarray, before: int, column: str) -> np.ndarray:
-    unknown = names.unknown(ids)
-    if len(unknown):
-        raise names.error(table.path, table.line(before + int(unknown[0])), column, ids[unknown[0]])
-    return names.take(ids)
+def _where(table: Table, before: int, row: int) -> str:
+    return f"{table.path}, line {table.line(before + row)}"
 
 
 def _join(
@@ -140,8 +137,5 @@ def _join(
             raise DataError(
                 f"{path} has {len(values)} rows, but there is an item {last_item}: row k must belong to item k"
             )
-        unknown = items.unknown(ids)
-        if len(unknown):
-            raise items.error(path, int(unknown[0]) + 1, "itemID", int(unknown[0]))
-        joined[name] = (items.take(ids), values)
+        joined[name] = (items.take(ids, f"{path}, row {{}}".format, "itemID"), values)
     return joined

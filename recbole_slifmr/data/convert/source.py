@@ -270,25 +270,28 @@ class Names:
         """Return names that keep the numbers as tokens."""
         return cls(None, np.empty(0, np.int64), pd.Series(dtype=str), np.empty(0, np.int64))
 
-    def unknown(self, numbers: np.ndarray) -> np.ndarray:
-        """Return where numbers are that the list does not name."""
-        if self.path is None:
-            return np.empty(0, np.int64)
-        return np.flatnonzero(self.numbers.get_indexer(numbers) < 0)
+    def take(self, numbers: np.ndarray, where: Callable[[int], str], what: str) -> np.ndarray:
+        """Return the tokens of numbers.
 
-    def take(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the tokens of numbers, all of them known."""
+        Args:
+            numbers: to look up.
+            where: says for a position among them where it stands, for the message.
+            what: they are numbers of.
+
+        Raises:
+            DataError: if the list does not name one of them.
+        """
         if self.path is None:
             codes, unique = pd.factorize(numbers)
             return unique.astype(str).astype(object)[codes]
-        return self.tokens[self.numbers.get_indexer(numbers)]
-
-    def error(self, path: Path, line: int, what: str, number: int) -> DataError:
-        """Return the error for an unknown number on a line of a file."""
-        return DataError(
-            f"{path}, line {line}: {what} {number} is not among the {len(self.numbers)} of {self.path}: mend one of "
-            "them, or move the list away to keep the numbers as tokens"
-        )
+        rows = self.numbers.get_indexer(numbers)
+        if (rows < 0).any():
+            at = int((rows < 0).argmax())
+            raise DataError(
+                f"{where(at)}: {what} {numbers[at]} is not among the {len(self.numbers)} of {self.path}: "
+                "mend one of them, or move the list away to keep the numbers as tokens"
+            )
+        return self.tokens[rows]
 
 
 def read_lines(path: Path, what: str, open_file: Open = open_binary) -> pd.Series:

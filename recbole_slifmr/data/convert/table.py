@@ -198,7 +198,9 @@ def _add_features(
         own = ids.to_numpy(object)
         twice = ids.duplicated().to_numpy()
         if twice.any():
-            raise DataError(f"{ids_file}, row {int(twice.argmax()) + 1}: item '{own[twice][0]}' is there twice")
+            row = int(twice.argmax())
+            where = f"row {row}" if ids_file == path else f"line {row + 1}"
+            raise DataError(f"{ids_file}, {where}: item '{own[row]}' is there twice: keep one of them")
         if not atomic.items.intersection(own):
             raise DataError(
                 f"{ids_file}: none of its {len(own)} items (such as '{own[0]}') has an interaction: check the tokens"
@@ -237,7 +239,7 @@ def _read_parquet(path: Path, key: str) -> tuple[pd.Series, np.ndarray]:
         odd = (lengths != lengths.iloc[0]).to_numpy() if len(lengths) else np.ones(1, bool)
         if odd.any():
             row = int(odd.argmax())
-            raise DataError(f"{path}, row {row + 1}: '{others[0]}' is missing or of another length than in row 1")
+            raise DataError(f"{path}, row {row}: '{others[0]}' is missing or of another length than in row 0")
         values = pa.compute.list_flatten(lists).to_numpy().astype(np.float32).reshape(len(ids), -1)
     else:
         raise DataError(f"{path} must hold '{key}' and either columns of numbers or one column of lists of numbers")

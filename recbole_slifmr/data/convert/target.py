@@ -189,10 +189,10 @@ def summarise(atomic: AtomicFolder, folder: Path) -> Summary:
 
 
 def read_matrix(path: Path) -> np.ndarray:
-    """Return a matrix of finite numbers from a ``.npy`` file, mapped into memory.
+    """Return the rows of a ``.npy`` file, ``[items, dimension]``, mapped into memory.
 
     Raises:
-        DataError: if it is anything else.
+        DataError: if it is not a matrix of finite numbers.
     """
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
