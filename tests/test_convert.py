@@ -15,7 +15,8 @@ from conftest import REAL_DATA, write_table, write_tiny
 
 from recbole_slifmr.cli import main
 from recbole_slifmr.data.convert import Columns, convert_kgat, convert_mmrec, convert_tables
-from recbole_slifmr.data.features import ItemFile, find_modalities, load_features
+from recbole_slifmr.data.features import find_modalities, load_features
+from recbole_slifmr.data.vectors import ItemFile
 from recbole_slifmr.errors import DataError, SettingError
 
 SPLITS = ("train", "valid", "test")

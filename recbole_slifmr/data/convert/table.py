@@ -28,7 +28,7 @@ from recbole_slifmr.data.convert.target import (
     read_matrix,
     summarise,
 )
-from recbole_slifmr.data.features import RESERVED
+from recbole_slifmr.data.features import is_modality_name
 from recbole_slifmr.data.vectors import IDS_FILE
 from recbole_slifmr.errors import DataError, SettingError
 
@@ -76,7 +76,7 @@ def convert_tables(
     if links is not None and triples is None:
         raise SettingError("--links leads from items to entities: give --triples too")
     for modality in features or {}:
-        if not modality.isidentifier() or modality in RESERVED:
+        if not is_modality_name(modality):
             raise SettingError(f"--features: '{modality}' cannot be a modality's name: use another, such as text")
 
     def table(path: Path, what: str) -> Table:
