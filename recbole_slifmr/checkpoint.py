@@ -38,6 +38,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise SettingError(f"{path} is no checkpoint of a model: it lacks settings or parameters")
     if not all(isinstance(settings.get(name), str) for name in ("model", "dataset", "data_path")):
         raise SettingError(f"{path} is no checkpoint of a model: its settings name no model or data set")
+    record = state.get("data") or {"hashes": {}, "split_seed": 0}
+    known = isinstance(record, dict) and isinstance(record.get("hashes"), dict)
+    if not known or not isinstance(record.get("split_seed"), int):
+        raise SettingError(f"{path} is no checkpoint of a model: what it says of its data cannot be read")
     return state
 
 

@@ -343,6 +343,8 @@ def write_bad(kind, good, path):
         torch.save(state["state_dict"], path)
     elif kind == "other parameters":
         torch.save({**state, "state_dict": {"weight": torch.zeros(3)}}, path, pickle_protocol=2)
+    elif kind == "odd record":
+        torch.save({**state, "data": [1]}, path, pickle_protocol=2)
     elif kind == "other graphs":
         torch.save({**state, "other_parameter": {"forward": 1}}, path, pickle_protocol=2)
 
@@ -361,6 +363,7 @@ BAD_FILES = {
     "tensor": "is no checkpoint of a model",
     "only parameters": "is no checkpoint of a model",
     "other parameters": "Missing key(s)",
+    "odd record": "what it says of its data cannot be read",
     "other graphs": "unknown forward",
     "missing": "checkpoint bad.pth not found",
 }
