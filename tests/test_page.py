@@ -214,7 +214,7 @@ onload = () => setTimeout(() => {
     tables: Array.from(page.querySelectorAll("table"), (table) => table.offsetWidth),
     ground: frames[0].getComputedStyle(page.querySelector("thead th")).position,
     requests: frames[0].performance.getEntriesByType("resource").map((entry) => entry.name),
-    orders: [column(), press(1), press(1), press(0), press(0)],
+    orders: [column(), press(1), press(1), press(2), press(0), press(0)],
     sorted: Array.from(page.querySelectorAll("[aria-sort]"), (header) => header.textContent + header.ariaSort),
     too_wide: page.documentElement.scrollWidth > page.documentElement.clientWidth,
   };
@@ -246,17 +246,24 @@ def look_at(folder, width=800):
 
 
 def test_in_a_browser_it_shows_sorts_and_enlarges_without_a_request(tmp_path):
-    write_page([write_study(tmp_path / "study"), write_search(tmp_path / "tune")], tmp_path / "report.html")
+    study = write_study(tmp_path / "study")
+    (study / "table.md").write_text(
+        "| model | score | loss |\n|---|---:|---:|\n| SLIFMR | <u>0.2120</u> ± 0.1 | +9.5 [1.0, 2.0] |\n"
+        "| LightGCN | **0.9020** ± 0.1 | -10.1 [1.0, 2.0] |\n| KGAT | 0.0144\\*\\* | 10.1% |\n| none | | |\n"
+    )
+    page = Page(write_page([study, write_search(tmp_path / "tune")], tmp_path / "report.html"))
     seen = look_at(tmp_path)
-    assert seen["pictures"] == [480] and min(seen["tables"][:1]) > 100
+    width = int(page.all("img")[0]["width"])
+    assert seen["pictures"] == [width] and seen["tables"][0] > 100
     assert seen["ground"] == "sticky", "the style is not let in"
     assert [name for name in seen["requests"] if not name.startswith("data:")] == []
-    as_written, falling, rising, from_a, from_z = seen["orders"]
-    assert as_written == ["SLIFMR", "LightGCN", "KGAT"]
-    assert falling == ["LightGCN", "SLIFMR", "KGAT"] and rising == falling[::-1]
-    assert from_a == ["KGAT", "LightGCN", "SLIFMR"] and from_z == from_a[::-1]
+    as_written, falling, rising, losses, from_a, from_z = seen["orders"]
+    assert as_written == ["SLIFMR", "LightGCN", "KGAT", "none"]
+    assert falling == ["LightGCN", "SLIFMR", "KGAT", "none"] and rising == ["KGAT", "SLIFMR", "LightGCN", "none"]
+    assert losses == ["KGAT", "SLIFMR", "LightGCN", "none"]
+    assert from_a == ["KGAT", "LightGCN", "none", "SLIFMR"] and from_z == from_a[::-1]
     assert seen["sorted"] == ["modeldescending"]
-    assert seen["enlarged"] == 480 and seen["closed"]
+    assert seen["enlarged"] == width and seen["closed"]
     assert not seen["too_wide"]
 
 
