@@ -136,8 +136,7 @@ def test_a_fixed_split_is_taken_as_it_is(tiny):
 
 
 def test_an_entity_linked_twice_belongs_to_the_first_item(tiny):
-    with (tiny / "tiny.link").open("a") as file:
-        file.write("i0\te3\n")
+    _bad(tiny, "tiny.link", lambda s: s.replace("i0\tnowhere", "i0\te3"))
     dataset = dataset_of(tiny)
     assert dataset.item2entity["i3"] == "e3" and "i0" not in dataset.item2entity
     assert dataset.entity_num == dataset.item_num + 5
@@ -181,7 +180,7 @@ BAD = {
     ),
     "empty kg cell": (
         lambda t: _bad(t, "tiny.kg", lambda s: s.replace("e2\tr0\tx2", "e2\tr0\t")),
-        r"tiny\.kg, line 3: head, relation or tail is empty",
+        r"tiny\.kg, line 3: 'tail_id' is empty",
     ),
     "no interactions": (
         lambda t: _bad(t, "tiny.inter", lambda s: s.splitlines()[0] + "\n"),
@@ -221,9 +220,62 @@ BAD = {
     "no triples": (lambda t: _bad(t, "tiny.kg", lambda s: s.splitlines()[0] + "\n"), r"tiny\.kg holds no triples"),
     "another encoding": (
         lambda t: (t / "tiny.inter").write_bytes(b"user_id:token\titem_id:token\n\xe9\ti1\n"),
-        r"tiny\.inter is not UTF-8",
+        r"tiny\.inter, line 2, is not UTF-8 \(.*\): convert the file or set 'encoding'",
     ),
-    "a stray quote": (lambda t: _bad(t, "tiny.inter", lambda s: s + '"u1\ti1\n'), r"tiny\.inter cannot be read"),
+    "a stray quote": (
+        lambda t: _bad(t, "tiny.inter", lambda s: s + '"u1\ti1\n'),
+        r"tiny\.inter, line 142: a quotation mark",
+    ),
+    "another encoding in the middle": (
+        lambda t: (t / "tiny.kg").write_bytes((t / "tiny.kg").read_bytes().replace(b"e7\t", b"e\xe97\t")),
+        r"tiny\.kg, line 8, is not UTF-8",
+    ),
+    "16 bits": (lambda t: (t / "tiny.inter").write_text((t / "tiny.inter").read_text(), "utf-16"), r"is not UTF-8"),
+    "16 bits without a mark": (
+        lambda t: (t / "tiny.inter").write_text((t / "tiny.inter").read_text(), "utf-16-le"),
+        r"tiny\.inter is no text, or its encoding is another",
+    ),
+    "zero bytes": (
+        lambda t: _bad(t, "tiny.inter", lambda s: s + "u1\0\ti1\n"),
+        r"tiny\.inter, line 142, holds a zero byte",
+    ),
+    "an empty table": (lambda t: (t / "tiny.inter").write_text(""), r"tiny\.inter is empty: its first line must name"),
+    "a byte order mark alone": (lambda t: (t / "tiny.kg").write_bytes(b"\xef\xbb\xbf"), r"tiny\.kg is empty"),
+    "an empty first line": (lambda t: _bad(t, "tiny.kg", lambda s: "\n" + s), r"tiny\.kg: the first line is empty"),
+    "another separator": (
+        lambda t: _bad(t, "tiny.inter", lambda s: s.replace("\t", ",")),
+        r"column 'user_id:token,item_id:token' .* must read name:type, .*, with '\\t' \(field_separator\)",
+    ),
+    "another separator below the first line": (
+        lambda t: _bad(t, "tiny.link", lambda s: s.replace("\t", " ").replace(" ", "\t", 1)),
+        r"tiny\.link, line 2: 1 values, but the first line names 2 columns",
+    ),
+    "no such type": (
+        lambda t: _bad(t, "tiny.inter", lambda s: s.replace("user_id:token", "user_id:str")),
+        r"tiny\.inter: column 'user_id:str' .* must have one of the types token, ",
+    ),
+    "an id that is a number": (
+        lambda t: _bad(t, "tiny.inter", lambda s: s.replace("user_id:token", "user_id:float")),
+        r"tiny\.inter: column 'user_id' must be user_id:token, not user_id:float",
+    ),
+    "a column twice": (
+        lambda t: _bad(t, "tiny.kg", lambda s: s.replace("tail_id", "head_id")),
+        r"tiny\.kg: the first line names column 'head_id' twice",
+    ),
+    "too many values far down": (
+        lambda t: _bad(t, "tiny.kg", lambda s: s.replace("e9\t", "e9\te9\t")),
+        r"tiny\.kg, line 10: 4 values, but the first line names 3 columns",
+    ),
+    "too few values": (
+        lambda t: _bad(t, "tiny.inter", lambda s: "\n".join(s.splitlines()[:-1]) + "\n\nu1\n"),
+        r"tiny\.inter, line 142: 1 values, but the first line names 2 columns",
+    ),
+    "empty user": (lambda t: _bad(t, "tiny.inter", lambda s: s + "\n\ti1\n"), r"inter, line 143: 'user_id' is empty"),
+    "empty entity": (lambda t: _bad(t, "tiny.link", lambda s: s + "i99\t\n"), r"link, line 18: 'entity_id' is empty"),
+    "an item linked twice": (
+        lambda t: _bad(t, "tiny.link", lambda s: s + "i1\te1\ni3\te4\n"),
+        r"tiny\.link: lines 4 and 19 say different things of item_id 'i3': drop one",
+    ),
     "not an array": (lambda t: (t / "text.npy").write_text("hello"), r"text\.npy cannot be read as a \.npy array"),
     "a vector": (lambda t: np.save(t / "text.npy", np.ones(15)), r"text\.npy must be a matrix of numbers"),
 }
@@ -236,6 +288,85 @@ def test_bad_input_is_named(tiny, case):
     with pytest.raises(DataError, match=message) as error:
         dataset_of(tiny)
     assert "\n" not in str(error.value)
+
+
+def with_ratings(tiny, ratings):
+    """Add a rating to every interaction: the given ones first, then 3."""
+    header, *lines = (tiny / "tiny.inter").read_text().splitlines()
+    rated = [f"{line}\t{dict(enumerate(ratings)).get(n, 3)}" for n, line in enumerate(lines)]
+    (tiny / "tiny.inter").write_text("\n".join([f"{header}\trating:float", *rated]) + "\n")
+    return {"load_col": {"inter": ["user_id", "item_id", "rating"]}}
+
+
+@pytest.mark.parametrize(
+    "rating, message",
+    [
+        ("", "line 3: 'rating' is missing: put a number there, drop the line or leave the column out"),
+        ("NaN", "line 3: 'rating' is missing"),
+        ("inf", "line 3: 'rating' is inf"),
+        ("good", "line 3: 'good' in column 'rating' is no number"),
+    ],
+)
+def test_a_rating_that_is_no_number_is_named(tiny, rating, message):
+    settings = with_ratings(tiny, [1, rating])
+    with pytest.raises(DataError, match=rf"tiny\.inter, {message}"):
+        dataset_of(tiny, **settings)
+    dataset_of(tiny, load_col={"inter": ["user_id", "item_id"]})  # what nobody reads does no harm
+
+
+def test_two_different_rows_of_an_item_are_named(tiny):
+    settings = {"load_col": {"inter": ["user_id", "item_id"], "item": ["item_id", "year"]}}
+    write_table(tiny / "tiny.item", "item_id:token\tyear:float", [("i1", 1990), ("i2", ""), ("i1", 1990)])
+    assert dataset_of(tiny, **settings).item_num == 3, "RecBole keeps the items of the file"
+    write_table(tiny / "tiny.item", "item_id:token\tyear:float", [("i1", 1990), ("i2", ""), ("i1", 1991)])
+    with pytest.raises(DataError, match=r"tiny\.item: lines 2 and 4 say different things of item_id 'i1'"):
+        dataset_of(tiny, **settings)
+
+
+GOOD = {
+    "Windows lines": lambda b: b.replace(b"\n", b"\r\n"),
+    "old Mac lines": lambda b: b.replace(b"\n", b"\r"),
+    "a byte order mark": lambda b: b"\xef\xbb\xbf" + b,
+    "both": lambda b: b"\xef\xbb\xbf" + b.replace(b"\n", b"\r\n"),
+    "no last line feed": lambda b: b.removesuffix(b"\n"),
+    "blank lines": lambda b: b.replace(b"\n", b"\n\n  \n"),
+    "quotation marks": lambda b: b.replace(b"e3", b'"e3"').replace(b"i4", b'"i4"'),
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_the_same_data_otherwise_written_loads_the_same(tiny, case):
+    plain = dataset_of(tiny)
+    for suffix in ("inter", "kg", "link"):
+        path = tiny / f"tiny.{suffix}"
+        path.write_bytes(GOOD[case](path.read_bytes()))
+    other = dataset_of(tiny)
+    assert plain.inter_feat.equals(other.inter_feat)
+    assert torch.equal(plain.triples, other.triples) and plain.item2entity == other.item2entity
+    for field in ("user_id", "item_id", "entity_id", "relation_id"):
+        assert list(plain.field2id_token[field]) == list(other.field2id_token[field])
+
+
+def test_tokens_that_read_like_missing_values_are_tokens(tiny):
+    for file in ("tiny.inter", "tiny.kg", "tiny.link", "items.txt"):
+        _bad(tiny, file, lambda s: s.replace("i4", "NA").replace("i3", "null").replace("e5", "None"))
+    dataset = dataset_of(tiny)
+    assert dataset.item_num - 1 == 15 and len(dataset.inter_feat) == 140
+    assert dataset.item2entity["null"] == "e3" and dataset.item2entity["i5"] == "None"
+
+
+@pytest.mark.parametrize("separator", [",", "||", "é"])
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "utf-16"])
+def test_other_separators_and_encodings(tiny, separator, encoding):
+    plain = dataset_of(tiny)
+    for suffix in ("inter", "kg", "link"):
+        path = tiny / f"tiny.{suffix}"
+        path.write_text(path.read_text().replace("\t", separator), encoding=encoding)
+    settings = {"field_separator": separator, "encoding": encoding}
+    other = dataset_of(tiny, **settings)
+    assert plain.inter_feat.equals(other.inter_feat) and torch.equal(plain.triples, other.triples)
+    with pytest.raises(DataError, match="encoding: Python knows no 'klingon'"):
+        dataset_of(tiny, **{**settings, "encoding": "klingon"})
 
 
 BAD_SETTINGS = {
