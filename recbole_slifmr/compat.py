@@ -44,6 +44,7 @@ from recbole.trainer import MKRTrainer, PretrainTrainer, Trainer
 from recbole.utils import enum_type, set_color
 
 REPAIRS: dict[str, Callable[[], bool]] = {}
+applied: set[str] = set()  # the repairs that were needed so far in this process
 
 
 def apply(skip: Collection[str] = ()) -> list[str]:
@@ -53,7 +54,9 @@ def apply(skip: Collection[str] = ()) -> list[str]:
     """
     if unknown := set(skip) - set(REPAIRS):
         raise ValueError(f"no such repair: {', '.join(sorted(unknown))}; there are {', '.join(REPAIRS)}")
-    return [name for name, repair in REPAIRS.items() if name not in skip and repair()]
+    needed = [name for name, repair in REPAIRS.items() if name not in skip and repair()]
+    applied.update(needed)
+    return needed
 
 
 def allow_in_checkpoints(*classes: type) -> None:

@@ -17,8 +17,8 @@ from recbole_slifmr.experiment import make_config
 HEADER = 128  # bytes of a .npy file before its numbers
 TABLES = ("tiny.inter", "tiny.kg", "tiny.link")
 BOUNDED = settings(max_examples=300, deadline=None, derandomize=True, database=None)
-PIECES = [b"", b"\t", b"\t\t", b" ", b"\n", b"\r", b"\r\n", b'"', b'""', b"'", b",", b":", b"#", b"\\", b"\0", 
-          b"\xff", b"\xc3", b"\xef\xbb\xbf", "ü\u2028".encode(), b"nan", b"i3", b"u1\ti1", b"e1", b"token", b"float"]  # fmt: skip
+PIECES = [b"", b"\t", b"\t\t", b" ", b"\n", b"\r", b"\r\n", b'"', b'""', b"'", b",", b":", b"#", b"\\", b"\0",
+          b"\xff", b"\xc3", b"\xef\xbb\xbf", "ü\u2028".encode(), b"nan", b"i3", b"u1\ti1", b"e1", b"token"]  # fmt: skip
 
 
 def cut(content, start, length, piece):

@@ -249,7 +249,7 @@ LAYERS = [
     {"trainer"},
     {"plugin", "evaluation"},
     {"experiment"},
-    {"runs", "search", "trained"},
+    {"runs", "search", "trained", "doctor"},
     {"trial", "outcome", "benchmark", "recommend", "export"},
     {"tune", "study", "explain"},
     {"cli"},

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 from recbole_slifmr import __version__
-from recbole_slifmr.cli import benchmark, convert, export, extract, recommend, report, study, train, tune
+from recbole_slifmr.cli import benchmark, convert, doctor, export, extract, inspect, recommend, report, study, train, tune
 from recbole_slifmr.errors import DataError, ProcessError, SettingError, UnknownSettingWarning
 
 FAILED, BAD_INPUT = 1, 2
@@ -30,6 +30,8 @@ for command in (
     export.export_command,
     convert.convert,
     extract.extract_command,
+    inspect.inspect_command,
+    doctor.doctor_command,
 ):
     slifmr.add_command(command)
 

@@ -1,0 +1,448 @@
+"""What a careful person checks of a data set before training on it: sizes, gaps, duplicates, leaks, signal, memory.
+
+Everything is computed from the splits as a model gets them; duplicates and stray links, which loading settles, from the
+files. Whether features or the knowledge graph say anything about taste is asked of the training split alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import scipy.sparse as sp
+from torch.nn import functional as F
+
+from recbole_slifmr.data.atomic import examine
+from recbole_slifmr.data.dataset import SLIFMRDataset
+from recbole_slifmr.files import replace_file, write_json
+
+Similarity = Callable[[np.ndarray, np.ndarray], np.ndarray]
+N_PAIRS = 100_000
+_BLOCK = 8_192  # pairs whose similarities are computed at a time
+
+
+class Section(NamedTuple):
+    """A part of the survey as a table: its title, column names and rows."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def survey(config: Any, splits: Mapping[str, SLIFMRDataset], n_pairs: int = N_PAIRS, seed: int = 0) -> dict[str, Any]:
+    """Look at a data set.
+
+    Args:
+        config: RecBole's configuration for SLIFMR.
+        splits: the data set of ``train``, ``valid`` and ``test``.
+        n_pairs: pairs of items to compare.
+        seed: of their choice.
+
+    Returns:
+        what was found, fit for JSON; :func:`sections` puts it into tables, :func:`remarks` into words.
+    """
+    memory = estimate_memory(config, splits["train"])  # first: it starts from what the process takes now
+    train = splits["train"]
+    pairs = {name: _pairs(data) for name, data in splits.items()}
+    modalities = {}
+    covered = _linked(train)
+    for name, (values, mask) in train.item_features.items():
+        modalities[name] = {"dimension": values.shape[1], "items": int(mask.sum())}
+        covered |= mask.numpy()
+    return {
+        "dataset": train.dataset_name,
+        "counts": _count(train, pairs),
+        "unseen": {name: _compare(pairs["train"], pairs[name]) for name in pairs if name != "train"},
+        "degrees": {name: _describe(values) for name, values in degrees(train).items()},
+        "duplicates": _duplicates(train, config),
+        "knowledge_graph": _describe_kg(train, config) if train.has_kg else None,
+        "modalities": modalities,
+        "items_without_either": int((~covered[1:]).sum()),
+        "similarity": _similarity(train, pairs["train"], n_pairs, seed),
+        "memory_mb": memory,
+    }
+
+
+def _pairs(data: SLIFMRDataset) -> np.ndarray:
+    """Return user and item of each interaction, ``[2, n]``."""
+    return np.stack([data.inter_feat[data.uid_field].numpy(), data.inter_feat[data.iid_field].numpy()])
+
+
+def _linked(data: SLIFMRDataset) -> np.ndarray:
+    """Return whether an item has an entity in the knowledge graph, ``[n_items]`` bool."""
+    linked = np.zeros(data.item_num, dtype=bool)
+    linked[[data.field2token_id[data.iid_field][item] for item in data.item2entity]] = True
+    return linked
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def _count(data: SLIFMRDataset, pairs: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    counts = {}
+    for name, (users, items) in {"all": np.concatenate(list(pairs.values()), axis=1), **pairs}.items():
+        n_users, n_items = len(np.unique(users)), len(np.unique(items))
+        counts[name] = {
+            "users": n_users,
+            "items": n_items,
+            "interactions": len(users),
+            "density": len(users) / max(n_users * n_items, 1),
+        }
+    return counts
+
+
+def _compare(train: np.ndarray, other: np.ndarray) -> dict[str, int]:
+    """Count what another split has that training lacks, and the pairs that it has in common with training."""
+    n_items = int(max(train[1].max(initial=0), other[1].max(initial=0))) + 1
+    known, asked = (np.unique(pairs[0] * n_items + pairs[1]) for pairs in (train, other))
+    return {
+        "users": len(np.setdiff1d(other[0], train[0])),
+        "items": len(np.setdiff1d(other[1], train[1])),
+        "pairs_of_training": len(np.intersect1d(known, asked)),
+    }
+
+
+def degrees(data: SLIFMRDataset) -> dict[str, np.ndarray]:
+    """Return the interactions of each user and item in a split, and the triples of each entity that has any."""
+    users, items = _pairs(data)
+    found = {
+        "users": np.bincount(users, minlength=data.user_num)[1:],
+        "items": np.bincount(items, minlength=data.item_num)[1:],
+    }
+    if data.has_kg:
+        entities = np.bincount(data.triples[:, [0, 2]].numpy().ravel())
+        found["entities"] = entities[entities > 0]
+    return found
+
+
+def _describe(values: np.ndarray) -> dict[str, float]:
+    top = np.sort(values)[::-1][: max(len(values) // 5, 1)]
+    return {
+        "min": int(values.min()),
+        "median": float(np.median(values)),
+        "mean": float(values.mean()),
+        "max": int(values.max()),
+        "share_of_top_fifth": float(top.sum() / max(values.sum(), 1)),
+    }
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _read(data: SLIFMRDataset, suffix: str, columns: tuple[str, ...], config: Any) -> Any:
+    path = Path(data.dataset_path) / f"{data.dataset_name}.{suffix}"
+    return examine(path, config["field_separator"], config["encoding"]).read(columns)
+
+
+def _duplicates(data: SLIFMRDataset, config: Any) -> dict[str, int]:
+    """Count the rows that say again what one before them said, by file; of interactions, user and item count."""
+    files: dict[str, tuple[str, ...]] = {}
+    for part in data.benchmark_filename_list or [""]:
+        files[f"{part}.inter".lstrip(".")] = (data.uid_field, data.iid_field)
+    if data.has_kg:
+        files["kg"] = (data.head_entity_field, data.relation_field, data.tail_entity_field)
+        files["link"] = (data.iid_field, data.entity_field)
+    return {suffix: int(_read(data, suffix, ids, config).duplicated().sum()) for suffix, ids in files.items()}
+
+
+def _describe_kg(data: SLIFMRDataset, config: Any) -> dict[str, int]:
+    links = _read(data, "link", (data.iid_field, data.entity_field), config).drop_duplicates()
+    item, entity = links[data.iid_field], links[data.entity_field]
+    known_item = item.isin(data.field2token_id[data.iid_field].keys())
+    triples = _read(data, "kg", (data.head_entity_field, data.tail_entity_field), config)
+    known_entity = entity.isin(set(triples.to_numpy().ravel()))
+    used = entity[known_item & known_entity]
+    return {
+        "triples": len(data.triples),
+        "relations": int(data.triples[:, 1].unique().numel()),
+        "entities": int(data.triples[:, [0, 2]].unique().numel()),
+        "items_linked": len(data.item2entity),
+        "links": len(links),
+        "links_to_unknown_items": int((~known_item).sum()),
+        "links_to_unknown_entities": int((~known_entity).sum()),
+        "entities_of_several_items": int((used.value_counts() > 1).sum()),
+    }
+
+
+# -- similarity and taste ---------------------------------------------------------------------------------------------
+
+
+def _similarity(
+    data: SLIFMRDataset, pairs: np.ndarray, n_pairs: int, seed: int
+) -> dict[str, dict[str, float | int | None]]:
+    sources: dict[str, tuple[np.ndarray, Similarity]] = {}
+    for name, (values, mask) in data.item_features.items():
+        sources[name] = (mask.numpy(), _cosine(F.normalize(values, dim=1).numpy()))
+    if data.has_kg:
+        neighbours = _neighbourhoods(data)
+        has_any: np.ndarray = np.diff(neighbours.indptr) > 0
+        sources["knowledge graph"] = (has_any, _cosine(neighbours))
+    found = {}
+    for name, (has_it, similarity) in sources.items():
+        auc, n_compared = co_consumption_auc(pairs[:, has_it[pairs[1]]], similarity, n_pairs, seed)
+        found[name] = {"auc": auc, "pairs": n_compared}
+    return found
+
+
+def _cosine(rows: Any) -> Similarity:
+    """Return the similarity by the cosine of rows of length 1, of an array or a sparse matrix."""
+
+    def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        if sp.issparse(rows):
+            return np.asarray(rows[a].multiply(rows[b]).sum(axis=1)).ravel()
+        return np.einsum("nd,nd->n", rows[a], rows[b])
+
+    return similarity
+
+
+def _neighbourhoods(data: SLIFMRDataset) -> sp.csr_matrix:
+    """Return which entities share a triple with an item, ``[n_items, n_entities]``, each row of length 1."""
+    heads, _, tails = data.triples.numpy().T
+    items, others = np.concatenate([heads, tails]), np.concatenate([tails, heads])
+    kept = items < data.item_num
+    entries = np.ones(int(kept.sum()), dtype=np.float32)
+    shape = (data.item_num, data.entity_num)
+    matrix = sp.csr_matrix((entries, (items[kept], others[kept])), shape)
+    matrix.data[:] = 1  # repeated triples have been added up
+    length = np.sqrt(np.diff(matrix.indptr))
+    matrix.data /= np.repeat(length, np.diff(matrix.indptr)).astype(np.float32)
+    return matrix
+
+
+def co_consumption_auc(pairs: np.ndarray, similarity: Similarity, n_pairs: int, seed: int) -> tuple[float | None, int]:
+    """Return how well a similarity tells items of the same user from items of random interactions.
+
+    Both kinds of pairs have the same items equally often: a random pair joins the first item of one pair with the
+    second of another. Popularity alone gives 0.5, therefore.
+
+    Args:
+        pairs: user and item of interactions, ``[2, n]``.
+        similarity: from two arrays of items to one of numbers.
+        n_pairs: pairs of each kind to draw; those of an item with itself are dropped.
+        seed: of the draw.
+
+    Returns:
+        the area under the ROC curve, None without pairs, and the number of co-consumed pairs compared.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(seed)
+    users, items = pairs[:, np.argsort(pairs[0], kind="stable")]
+    _, starts, inverse, counts = np.unique(users, return_index=True, return_inverse=True, return_counts=True)
+    several = np.flatnonzero(counts[inverse] > 1)
+    if len(several) == 0:
+        return None, 0
+    first = rng.choice(several, n_pairs)
+    user = inverse[first]
+    step = rng.integers(1, counts[user])
+    second = starts[user] + (first - starts[user] + step) % counts[user]
+    a, b = items[first], items[second]
+    a, b = a[a != b], b[a != b]
+    c = rng.permutation(b)
+    other = a != c
+    if len(a) == 0 or not other.any():
+        return None, 0
+    scores = np.concatenate([_in_blocks(similarity, a, b), _in_blocks(similarity, a[other], c[other])])
+    labels = np.repeat([1, 0], [len(a), int(other.sum())])
+    return float(roc_auc_score(labels, scores)), len(a)
+
+
+def _in_blocks(similarity: Similarity, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    starts = range(0, len(a), _BLOCK)
+    return np.concatenate([similarity(a[i : i + _BLOCK], b[i : i + _BLOCK]) for i in starts])
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def estimate_memory(config: Any, train: SLIFMRDataset) -> dict[str, float]:
+    """Estimate the memory in MB that training SLIFMR takes, part by part, from the sizes of its tensors.
+
+    ``process`` is what this process takes now, with libraries and data; the rest is added by training: parameters with
+    gradients and Adam's two moments, features with what is computed of them ahead, graphs, and the largest tensors of
+    a training step, of a refresh and of an evaluation, whose memory the process keeps.
+    """
+    size, n_users, n_items = config["embedding_size"], train.user_num, train.item_num
+    dimensions = [features.values.shape[1] for features in train.item_features.values()]
+    n_nodes, n_triples = _kg_size(config, train)
+    has_kg = bool(n_triples)
+    n_views = 1 + len(dimensions) + has_kg
+    users, items = _pairs(train)
+    n_edges = len(np.unique(users * n_items + items))
+    n_feedback = 2 * config["refresh_k"] * n_items
+    batch, n_layers = config["train_batch_size"], config["kg_n_layers"]
+    table = 4 * size  # bytes of a row of a layer
+    layers = 5 * (n_users + n_items) * table + has_kg * (n_layers + 4) * n_nodes * table + 2 * n_triples * 28
+    contrasts = 4 * batch * ((2 * n_views + 1) * config["n_negatives"] + 30 * n_views * size)
+    parts = {
+        "process": psutil.Process().memory_info().rss,
+        "parameters and Adam": 16 * size * (n_users + n_nodes + sum(dimensions) + 4 * n_views),
+        "features": 4 * sum(dimensions) * (2 * n_items + n_users),
+        "interaction graph": 40 * n_edges,
+        "item graphs": 8 * len(dimensions) * 2 * config["knn_k"] * n_items + n_feedback * (20 + 8 * n_views),
+        "knowledge graph": 2 * n_triples * (16 * n_layers + 24),
+        "training step": layers + contrasts,
+        "refresh and evaluation": 3 * 4 * 1024 * n_items + 24 * config["eval_batch_size"],
+    }
+    return {name: round(value / 1e6, 1) for name, value in parts.items()}
+
+
+def _kg_size(config: Any, data: SLIFMRDataset) -> tuple[int, int]:
+    """Return the nodes, items included, and the triples of the knowledge graph that SLIFMR trains on, at most."""
+    ends = data.triples[:, [0, 2]].numpy()
+    degree = np.bincount(ends.ravel(), minlength=data.entity_num)
+    allowed = degree >= config["kg_min_degree"]
+    if config["kg_max_degree"]:
+        allowed &= degree <= config["kg_max_degree"]
+    allowed[: data.item_num] = True
+    return int((allowed & (degree > 0))[data.item_num :].sum()) + data.item_num, int(allowed[ends].all(axis=1).sum())
+
+
+# -- words, tables, files ---------------------------------------------------------------------------------------------
+
+
+def remarks(found: Mapping[str, Any]) -> list[str]:
+    """Say in a line each what to think about before training."""
+    lines = []
+    train, n_items = found["counts"]["train"], found["counts"]["all"]["items"]
+    for split, counts in found["unseen"].items():
+        if counts["pairs_of_training"]:
+            lines.append(
+                f"{counts['pairs_of_training']} pairs of user and item are in {split} and in training: a model is "
+                "asked for what it may not recommend; set rm_dup_inter: first, or make the split anew"
+            )
+        for who in ("users", "items"):
+            share = counts[who] / max(found["counts"][split][who], 1)
+            if share > 0.01:
+                lines.append(
+                    f"{counts[who]} {who} of {split} ({share:.1%}) are not in training: no model learns of them"
+                )
+    if train["interactions"] < 5 * train["users"]:
+        lines.append("fewer than five training interactions per user: expect noisy scores, compare several seeds")
+    for file, count in found["duplicates"].items():
+        if count:
+            effect = "repeated interactions are sampled more often" if file.endswith("inter") else "they count once"
+            lines.append(f"{count} rows of .{file} repeat an earlier one: {effect}")
+    kg = found["knowledge_graph"]
+    if kg:
+        for key, effect in (
+            ("links_to_unknown_items", "they are left out"),
+            ("links_to_unknown_entities", "these items have no knowledge"),
+            ("entities_of_several_items", "only the first item of each has its knowledge"),
+        ):
+            if kg[key]:
+                lines.append(f"{kg[key]} {key.replace('_', ' ')}: {effect}")
+    without = found["items_without_either"]
+    if (kg or found["modalities"]) and without:
+        lines.append(
+            f"{without} items ({without / n_items:.1%}) have neither an entity nor features: interactions alone"
+        )
+    for name, result in found["similarity"].items():
+        if result["auc"] is not None and result["auc"] < 0.52:
+            lines.append(f"{name}: similar items are not consumed by the same users (AUC {result['auc']:.3f})")
+    return lines
+
+
+def sections(found: Mapping[str, Any]) -> list[Section]:
+    """Put what was found into tables."""
+    counts, unseen = found["counts"], found["unseen"]
+    tables = [
+        Section(
+            f"{found['dataset']}: sizes",
+            ["", *counts],
+            [
+                *(
+                    [name, *(f"{counts[split][name]:,}" for split in counts)]
+                    for name in ("users", "items", "interactions")
+                ),
+                ["density", *(f"{counts[split]['density']:.3%}" for split in counts)],
+                *(
+                    [label, *(f"{unseen[split][key]:,}" if split in unseen else "" for split in counts)]
+                    for key, label in (
+                        ("users", "users not in training"),
+                        ("items", "items not in training"),
+                        ("pairs_of_training", "pairs also in training"),
+                    )
+                ),
+            ],
+        ),
+        Section(
+            "degrees in training",
+            ["", "min", "median", "mean", "max", "share of the top 20%"],
+            [
+                [
+                    name,
+                    f"{d['min']}",
+                    f"{d['median']:g}",
+                    f"{d['mean']:.1f}",
+                    f"{d['max']:,}",
+                    f"{d['share_of_top_fifth']:.1%}",
+                ]
+                for name, d in found["degrees"].items()
+            ],
+        ),
+        Section("repeated rows", ["file", "rows"], [[f".{name}", f"{n:,}"] for name, n in found["duplicates"].items()]),
+    ]
+    kg, n_items = found["knowledge_graph"], counts["all"]["items"]
+    coverage = [] if kg is None else [["knowledge graph", "", *_share(kg["items_linked"], n_items)]]
+    coverage += [[name, str(m["dimension"]), *_share(m["items"], n_items)] for name, m in found["modalities"].items()]
+    coverage.append(["none of these", "", *_share(found["items_without_either"], n_items)])
+    if kg is not None:
+        rows = [[name.replace("_", " "), f"{value:,}"] for name, value in kg.items()]
+        tables.append(Section("knowledge graph", ["", "number"], rows))
+    tables.append(Section("items covered", ["", "dimension", "items", "share"], coverage))
+    if found["similarity"]:
+        rows = [
+            [name, "" if result["auc"] is None else f"{result['auc']:.3f}", f"{result['pairs']:,}"]
+            for name, result in found["similarity"].items()
+        ]
+        tables.append(Section("similarity of a user's items", ["", "AUC", "pairs"], rows))
+    memory = found["memory_mb"]
+    rows = [[name, f"{value:,.0f}"] for name, value in memory.items()] + [["in all", f"{sum(memory.values()):,.0f}"]]
+    tables.append(Section("memory to train", ["", "MB, estimated"], rows))
+    return tables
+
+
+def _share(number: int, of: int) -> list[str]:
+    return [f"{number:,}", f"{number / max(of, 1):.1%}"]
+
+
+def write_survey(found: Mapping[str, Any], train: SLIFMRDataset, out: Path) -> None:
+    """Write ``inspect.json``, ``inspect.md`` and ``degrees.png`` into a folder, each whole or not at all."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "inspect.json", {**found, "remarks": remarks(found)})
+    lines = [f"# {found['dataset']}", ""]
+    for title, columns, rows in sections(found):
+        lines += [
+            f"## {title}",
+            "",
+            *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)),
+            "",
+        ]
+    lines += [
+        "## Remarks",
+        "",
+        *(f"- {line}" for line in remarks(found) or ["none"]),
+        "",
+        "![degrees](degrees.png)",
+        "",
+    ]
+    replace_file(out / "inspect.md", lambda part: part.write_text("\n".join(lines), encoding="utf-8"))
+    replace_file(out / "degrees.png", lambda part: plot_degrees(part, degrees(train)))
+
+
+def plot_degrees(path: Path, found: Mapping[str, np.ndarray]) -> None:
+    """Draw the share of nodes that have at least so many edges, both axes logarithmic, a line per kind of node."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, values in found.items():
+        degree, count = np.unique(values[values > 0], return_counts=True)
+        axes.loglog(degree, count[::-1].cumsum()[::-1] / max(len(values), 1), marker=".", linewidth=1, label=name)
+    axes.set(xlabel="degree", ylabel="share of nodes with at least this degree")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150, format="png")
