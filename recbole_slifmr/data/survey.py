@@ -261,8 +261,8 @@ def _in_blocks(similarity: Similarity, a: np.ndarray, b: np.ndarray) -> np.ndarr
 def estimate_memory(config: Any, train: SLIFMRDataset) -> dict[str, float]:
     """Estimate the memory in MB that training SLIFMR takes, part by part, from the sizes of its tensors.
 
-    ``process`` is what this process takes now, with libraries and data; the rest is added by training: parameters with
-    gradients and Adam's two moments, features with what is computed of them ahead, graphs, and the largest tensors of
+    ``process`` is what this process takes now, with libraries and data; the rest is added by training: what else of the
+    libraries it loads (65 MB, as measured), parameters with gradients and Adam's two moments, features with what is computed of them ahead, graphs, and the largest tensors of
     a training step, of a refresh and of an evaluation, whose memory the process keeps.
     """
     size, n_users, n_items = config["embedding_size"], train.user_num, train.item_num
@@ -279,6 +279,7 @@ def estimate_memory(config: Any, train: SLIFMRDataset) -> dict[str, float]:
     contrasts = 4 * batch * ((2 * n_views + 1) * config["n_negatives"] + 30 * n_views * size)
     parts = {
         "process": psutil.Process().memory_info().rss,
+        "libraries of training": 65_000_000,
         "parameters and Adam": 16 * size * (n_users + n_nodes + sum(dimensions) + 4 * n_views),
         "features": 4 * sum(dimensions) * (2 * n_items + n_users),
         "interaction graph": 40 * n_edges,
