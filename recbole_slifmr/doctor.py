@@ -24,7 +24,8 @@ from recbole_slifmr.paths import DATASETS, IN_CHECKOUT, PROPERTIES, ROOT
 from recbole_slifmr.plugin import MODELS
 
 RECBOLE = "recbole==1.2.1"
-MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "faiss-cpu": "faiss"}  # those not named like the package
+# The modules not named like their package
+MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "faiss-cpu": "faiss", "pillow": "PIL"}
 OK, ABSENT, BROKEN = "ok", "absent", "broken"
 
 

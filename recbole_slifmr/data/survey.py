@@ -15,8 +15,8 @@ import psutil
 import scipy.sparse as sp
 from torch.nn import functional as F
 
-from recbole_slifmr.data.atomic import examine
 from recbole_slifmr.data.dataset import SLIFMRDataset
+from recbole_slifmr.data.table import examine
 from recbole_slifmr.files import replace_file, write_json
 
 Similarity = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -261,9 +261,10 @@ def _in_blocks(similarity: Similarity, a: np.ndarray, b: np.ndarray) -> np.ndarr
 def estimate_memory(config: Any, train: SLIFMRDataset) -> dict[str, float]:
     """Estimate the memory in MB that training SLIFMR takes, part by part, from the sizes of its tensors.
 
-    ``process`` is what this process takes now, with libraries and data; the rest is added by training: what else of the
-    libraries it loads (65 MB, as measured), parameters with gradients and Adam's two moments, features with what is computed of them ahead, graphs, and the largest tensors of
-    a training step, of a refresh and of an evaluation, whose memory the process keeps.
+    ``process`` is what this process takes now, with libraries and data; the rest is added by training: what else of
+    the libraries it loads (65 MB, as measured), parameters with gradients and Adam's two moments, features with what is
+    computed of them ahead, graphs, and the largest tensors of a training step, of a refresh and of an evaluation, whose
+    memory the process keeps.
     """
     size, n_users, n_items = config["embedding_size"], train.user_num, train.item_num
     dimensions = [features.values.shape[1] for features in train.item_features.values()]
