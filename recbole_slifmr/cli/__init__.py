@@ -8,7 +8,19 @@ from collections.abc import Sequence
 import click
 
 from recbole_slifmr import __version__
-from recbole_slifmr.cli import benchmark, convert, doctor, export, extract, inspect, recommend, report, study, train, tune
+from recbole_slifmr.cli import (
+    benchmark,
+    convert,
+    doctor,
+    export,
+    extract,
+    inspect,
+    recommend,
+    report,
+    study,
+    train,
+    tune,
+)
 from recbole_slifmr.errors import DataError, ProcessError, SettingError, UnknownSettingWarning
 
 FAILED, BAD_INPUT = 1, 2

@@ -111,7 +111,7 @@ def read_vectors(path: Path, item_file: ItemFile, ids: str | None = None, field:
     else:
         known = ", ".join([*ARRAYS, *TABLES])
         raise DataError(f"{path}: the formats are {known}, and atomic files whose column is named by 'field'")
-    if len(tokens) == len(values) == 0:
+    if len(tokens) == values.size == 0:
         raise DataError(f"{path} holds no vectors")
     if values.ndim != 2 or values.shape[1] == 0 or values.dtype.kind not in "fiu":
         raise DataError(f"{path} must be a matrix of numbers [items, dimension], not {values.dtype} {values.shape}")
