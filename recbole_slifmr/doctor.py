@@ -25,7 +25,13 @@ from recbole_slifmr.plugin import MODELS
 
 RECBOLE = "recbole==1.2.1"
 # The modules not named like their package
-MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "faiss-cpu": "faiss", "pillow": "PIL"}
+MODULES = {
+    "scikit-learn": "sklearn",
+    "pyyaml": "yaml",
+    "faiss-cpu": "faiss",
+    "pillow": "PIL",
+    "markdown-it-py": "markdown_it",
+}
 OK, ABSENT, BROKEN = "ok", "absent", "broken"
 
 
