@@ -1,8 +1,7 @@
 r"""The three encoders of SLIF-MR (arXiv 2507.09998), one per kind of graph, each free of RecBole.
 
-Every encoder owns its *initial* graph and takes the correlation graph ``S`` of a refresh with ``set_feedback``. The two
-stay apart and are added up product by product: a refresh rebuilds nothing but ``S``, and errors cannot pile up over
-the refreshes.
+Every encoder owns its *initial* graph, which stays as it is: what a refresh brings, ``set_feedback`` and
+``set_item_block`` put beside it, and errors cannot pile up over the refreshes.
 
 The encoders are linear, and what can be done ahead is done ahead: ``docs/performance.md`` says what it saves.
 """
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from recbole_slifmr.graph import (
     Edges,
+    blend,
     empty_edges,
     inverse_sqrt,
     normalize_symmetric,
@@ -69,7 +69,9 @@ class InteractionGraph(nn.Module):
 
 
 class InteractionEncoder(nn.Module):
-    r"""Light propagation over users and items: :math:`[[0, \hat R], [\hat R^\top, \eta_u S]]`.
+    r"""Light propagation over users and items: :math:`[[0, \hat R], [\hat R^\top, B]]`.
+
+    The item-item block ``B`` is empty until :meth:`set_item_block`.
 
     In training mode the pruned graph is used, in evaluation mode the whole one.
 
@@ -89,17 +91,17 @@ class InteractionEncoder(nn.Module):
         self.register_buffer("edge_index", unique_edges(edge_index, n_items), persistent=False)
         self.register_buffer("kept", None, persistent=False)
         self.whole = self.pruned = InteractionGraph(self.edge_index, n_users, n_items)
-        self.feedback: SparseMatrix | None = None
-        self.eta = 0.0
+        self.item_block: SparseMatrix | None = None
 
     @property
     def graph(self) -> InteractionGraph:
         """The graph in use: pruned in training mode, whole in evaluation mode."""
         return self.pruned if self.training else self.whole
 
-    def set_feedback(self, feedback: Edges, eta: float) -> None:
-        """Put ``eta`` times the normalised correlation graph over items into the item-item block."""
-        self.eta, self.feedback = eta, _feedback_matrix(feedback, eta, self.n_items)
+    def set_item_block(self, edges: Edges) -> None:
+        """Set the item-item block, a symmetric matrix."""
+        shape = (self.n_items, self.n_items)
+        self.item_block = SparseMatrix(edges, shape, symmetric=True) if len(edges.edge_weight) else None
 
     def prune(self, ratio: float, seed: int) -> None:
         """Leave a share of the interactions out of training propagation; see ``graph.sample_interactions``."""
@@ -114,8 +116,8 @@ class InteractionEncoder(nn.Module):
         users, items = all_users, all_items = user_embedding, item_embedding
         for _ in range(self.n_layers):  # the blocks apart: half the time of one square matrix
             next_users, next_items = matrix.multiply(items), matrix.multiply_transposed(users)
-            if self.feedback is not None:
-                next_items = next_items + self.eta * self.feedback.multiply(items)
+            if self.item_block is not None:
+                next_items = next_items + self.item_block.multiply(items)
             users, items = next_users, next_items
             all_users, all_items = all_users + users, all_items + items
         return all_users / (self.n_layers + 1), all_items / (self.n_layers + 1)
@@ -177,6 +179,11 @@ class FeatureEncoder(nn.Module):
         self._averaged_over: tuple[InteractionGraph, ...] = ()  # in a tuple: no submodule
         if self.gate is None:
             self.propagated = light_propagation(self._multiply, self.features, self.n_layers)
+
+    def edges(self) -> Edges:
+        """Return the item graph, blended with the correlation graph."""
+        feedback = empty_edges() if self.feedback is None else self.feedback.edges()
+        return blend(self.graph.edges(), feedback, self.eta, self.n_items)
 
     def _multiply(self, items: Tensor) -> Tensor:
         if self.feedback is None:

@@ -9,7 +9,8 @@ Equations and sources:
   (Wang & Isola, ICML 2020).
 
 SLIF-MR (arXiv 2507.09998) uses them as the inter-modal loss (a view of an item against the fused benchmark
-representation, which gets no gradient) and the intra-modal loss (a user against an item they interacted with).
+representation, which gets no gradient) and the intra-modal loss (a user against an item they interacted with, and
+uniformly sampled items as negatives).
 """
 
 from __future__ import annotations
@@ -41,35 +42,35 @@ def bpr_loss(pos_score: Tensor, neg_score: Tensor) -> Tensor:
     return F.softplus(neg_score - pos_score).mean()
 
 
-def collision_mask(ids: Tensor, n_negatives: int) -> Tensor:
-    """Return ``[B, n]``: -10,000 where one of the first ``n_negatives`` keys has the id of the own key, else 0."""
-    same = ids[:, None] == ids[None, :n_negatives]
+def collision_mask(ids: Tensor, negative_ids: Tensor) -> Tensor:
+    """Return ``[B, n]``: -10,000 where a negative ``[n]`` has the id of the own key ``[B]``, else 0."""
+    same = ids[:, None] == negative_ids[None]
     return torch.zeros(same.shape, device=ids.device).masked_fill_(same, -1e4)  # -inf: NaN where nothing is left
 
 
-def info_nce(query: Tensor, key: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """Return InfoNCE of each query against its own key, with the first keys of the batch as negatives.
+def info_nce(query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """Return InfoNCE of each query against its own key, with the same negatives for every query.
 
     Args:
         query: ``[B, d]``.
-        key: ``[B, d]``, the positive of each query, in random order.
-        mask: ``[B, n]`` of :func:`collision_mask`: a key with the id of the positive is no negative.
+        key: ``[B, d]``, the positive of each query.
+        negative: ``[n, d]``.
+        mask: ``[B, n]`` of :func:`collision_mask`: a negative with the id of the positive is none.
         temperature: divides the cosine similarities; positive.
 
     Returns:
-        the mean over the batch, a scalar; 0 for an empty batch.
+        the mean over the batch, a scalar; 0 for an empty batch and without negatives.
     """
-    return _info_nce(unit(query), unit(key), mask, temperature)
+    return _info_nce(unit(query), unit(key), unit(negative), mask, temperature)
 
 
-def _info_nce(query: Tensor, key: Tensor, mask: Tensor, temperature: float) -> Tensor:
+def _info_nce(query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """:func:`info_nce` of rows of unit length."""
-    if len(query) == 0:
-        return query.sum()
+    if len(query) == 0 or len(negative) == 0:
+        return 0 * query.sum()
     query = query / temperature
     positive = (query * key).sum(1)
-    negative = _ProductLogSumExp.apply(query, key[: mask.shape[1]], mask)
-    return F.softplus(negative - positive).mean()
+    return F.softplus(_ProductLogSumExp.apply(query, negative, mask) - positive).mean()
 
 
 class _ProductLogSumExp(torch.autograd.Function):
@@ -145,12 +146,19 @@ def inter_modal_loss(
     views, benchmark = unit(views), unit(benchmark.detach())
     pairs = _pairs_by_view(views, [benchmark] * views.shape[1], mask, ids)
     if kind == "infonce":
-        return _mean_info_nce(pairs, temperature, n_negatives)
+        return _mean_info_nce(pairs, [(target, ids) for _, target, ids in pairs], temperature, n_negatives)
     return torch.stack([cosine_distance(view, target) for view, target, _ in pairs]).mean()
 
 
 def intra_modal_loss(
-    users: Tensor, items: Tensor, mask: Tensor, ids: Tensor, kind: str, temperature: float, n_negatives: int
+    users: Tensor,
+    items: Tensor,
+    mask: Tensor,
+    ids: Tensor,
+    negatives: tuple[Tensor, Tensor, Tensor],
+    kind: str,
+    temperature: float,
+    n_negatives: int,
 ) -> Tensor:
     """Align user and interacted item within each view, and keep the batch spread out.
 
@@ -159,16 +167,19 @@ def intra_modal_loss(
         items: ``[B, V, d]``.
         mask: ``[B, V]`` bool, whether both have the view.
         ids: ``[B]``, the items.
+        negatives: other items' views ``[N, V, d]``, mask ``[N, V]`` and ids ``[N]``, for InfoNCE.
         kind: one of ``INTRA_LOSSES``.
         temperature: of InfoNCE.
-        n_negatives: of either.
+        n_negatives: of either; InfoNCE takes the first that have the view.
 
     Returns:
         the mean over the views, a scalar.
     """
     pairs = _pairs_by_view(unit(users), unit(items).unbind(1), mask, ids)
     if kind == "infonce":
-        return _mean_info_nce(pairs, temperature, n_negatives)
+        rows = unit(negatives[0])
+        others = [(view, ids) for view, _, ids in _pairs_by_view(rows, rows.unbind(1), *negatives[1:])]
+        return _mean_info_nce(pairs, others, temperature, n_negatives)
     return torch.stack([alignment_uniformity(user, item, n_negatives) for user, item, _ in pairs]).mean()
 
 
@@ -187,12 +198,20 @@ def _pairs_by_view(
     return pairs
 
 
-def _mean_info_nce(pairs: Sequence[tuple[Tensor, Tensor, Tensor]], temperature: float, n_negatives: int) -> Tensor:
-    masks: dict[int, Tensor] = {}  # the views that everyone has share one
-    for _, _, ids in pairs:
-        if id(ids) not in masks:
-            masks[id(ids)] = collision_mask(ids, n_negatives)
-    return torch.stack([_info_nce(query, key, masks[id(ids)], temperature) for query, key, ids in pairs]).mean()
+def _mean_info_nce(
+    pairs: Sequence[tuple[Tensor, Tensor, Tensor]],
+    negatives: Sequence[tuple[Tensor, Tensor]],
+    temperature: float,
+    n_negatives: int,
+) -> Tensor:
+    masks: dict[tuple[int, int], Tensor] = {}  # the views that everyone has share one
+    terms = []
+    for (query, key, ids), (negative, negative_ids) in zip(pairs, negatives, strict=True):
+        which = id(ids), id(negative_ids)
+        if which not in masks:
+            masks[which] = collision_mask(ids, negative_ids[:n_negatives])
+        terms.append(_info_nce(query, key, negative[:n_negatives], masks[which], temperature))
+    return torch.stack(terms).mean()
 
 
 def l2_loss(*embeddings: Tensor) -> Tensor:

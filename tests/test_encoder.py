@@ -31,7 +31,7 @@ def dense_interactions(eta=0.0):
 @pytest.mark.parametrize("eta", [0.0, 0.4])
 def test_interaction_encoder_equals_dense(eta):
     encoder = InteractionEncoder(interactions(), 3, 3, n_layers=2)
-    encoder.set_feedback(FEEDBACK, eta)
+    encoder.set_item_block(Edges(FEEDBACK.edge_index, eta * FEEDBACK.edge_weight))
     ego = torch.randn(6, 2)
     a = dense_interactions(eta)
     expected = (ego + a @ ego + a @ a @ ego) / 3

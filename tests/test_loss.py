@@ -26,12 +26,12 @@ def test_bpr_by_hand():
 def test_info_nce_by_hand():
     query = torch.tensor([[2.0, 0.0], [0.0, 3.0]])  # lengths do not matter
     key = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    mask = collision_mask(torch.tensor([5, 6]), 2)
+    mask = collision_mask(torch.tensor([5, 6]), torch.tensor([5, 6]))
     cos = math.sqrt(0.5)
     # query 0: own key 1, other key cos; query 1: own key cos, other key 0; temperature 0.5
     first = -math.log(math.exp(2) / (math.exp(2) + math.exp(2 * cos)))
     second = -math.log(math.exp(2 * cos) / (math.exp(2 * cos) + 1))
-    assert info_nce(query, key, mask, 0.5).item() == pytest.approx((first + second) / 2, rel=1e-6)
+    assert info_nce(query, key, key, mask, 0.5).item() == pytest.approx((first + second) / 2, rel=1e-6)
 
 
 def test_info_nce_equals_the_dense_formula_with_collisions_and_few_negatives():
@@ -43,22 +43,23 @@ def test_info_nce_equals_the_dense_formula_with_collisions_and_few_negatives():
         positive = math.exp(float(q[i] @ k[i]) / 0.2)
         negatives = [math.exp(float(q[i] @ k[j]) / 0.2) for j in range(4) if ids[j] != ids[i]]
         expected -= math.log(positive / (positive + sum(negatives))) / 6
-    assert info_nce(query, key, collision_mask(ids, 4), 0.2).item() == pytest.approx(expected, rel=1e-5)
+    assert info_nce(query, key, key[:4], collision_mask(ids, ids[:4]), 0.2).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_info_nce_gradients_equal_those_of_the_plain_formula():
     ids = torch.tensor([3, 1, 3, 2])
-    query, key = torch.randn(2, 4, 3, dtype=torch.float64).unbind(0)
-    arguments = query.requires_grad_(), key.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda q, k: info_nce(q, k, collision_mask(ids, 3), 0.3), arguments)
+    arguments = [rows.clone().requires_grad_() for rows in torch.randn(3, 4, 3, dtype=torch.float64)]
+    mask = collision_mask(ids, torch.tensor([9, 2, 3, 3]))
+    assert torch.autograd.gradcheck(lambda q, k, n: info_nce(q, k, n, mask, 0.3), arguments)
 
 
 def test_info_nce_pulls_the_pair_together_and_the_others_apart():
     query = torch.tensor([[1.0, 0.2], [0.2, 1.0]], requires_grad=True)
     key = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    before = info_nce(query, key, collision_mask(torch.tensor([0, 1]), 2), 0.5)
+    mask = collision_mask(torch.tensor([0, 1]), torch.tensor([0, 1]))
+    before = info_nce(query, key, key, mask, 0.5)
     before.backward()
-    after = info_nce(query - 0.1 * query.grad, key, collision_mask(torch.tensor([0, 1]), 2), 0.5)
+    after = info_nce(query - 0.1 * query.grad, key, key, mask, 0.5)
     assert after < before
     assert query.grad[0, 1] > 0, "away from the other key"
 
@@ -66,15 +67,24 @@ def test_info_nce_pulls_the_pair_together_and_the_others_apart():
 @pytest.mark.parametrize("ids", [[4], [4, 4]], ids=["single", "all the same"])
 def test_info_nce_without_a_negative_is_zero_with_finite_gradients(ids):
     query = torch.randn(len(ids), 3, requires_grad=True)
-    loss = info_nce(query, torch.randn(len(ids), 3), collision_mask(torch.tensor(ids), 8), 0.2)
+    key, ids = torch.randn(len(ids), 3), torch.tensor(ids)
+    loss = info_nce(query, key, key, collision_mask(ids, ids), 0.2)
     loss.backward()
     assert loss.item() == 0.0
     assert torch.isfinite(query.grad).all()
 
 
+def test_no_negative_has_the_view():
+    query = torch.randn(2, 3, requires_grad=True)
+    loss = info_nce(query, torch.randn(2, 3), torch.zeros(0, 3), torch.zeros(2, 0), 0.2)
+    loss.backward()
+    assert loss.item() == 0.0 and not query.grad.any()
+
+
 def test_info_nce_survives_a_small_temperature():
     query, key = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[-1.0, 0.0], [0.0, -1.0]])
-    assert info_nce(query, key, collision_mask(torch.tensor([0, 1]), 2), 0.005).item() == pytest.approx(200.0)
+    mask = collision_mask(torch.tensor([0, 1]), torch.tensor([0, 1]))
+    assert info_nce(query, key, key, mask, 0.005).item() == pytest.approx(200.0)
 
 
 def test_cosine_distance_by_hand():
@@ -92,7 +102,8 @@ def test_alignment_uniformity_by_hand():
 @pytest.mark.parametrize(
     "loss",
     [
-        lambda q: info_nce(q, q, collision_mask(torch.zeros(0, dtype=torch.long), 4), 0.2),
+        lambda q: info_nce(q, q, q, torch.zeros(0, 0), 0.2),
+        lambda q: info_nce(q, q, torch.ones(2, 3), torch.zeros(0, 2), 0.2),
         lambda q: cosine_distance(q, q),
         lambda q: alignment_uniformity(q, q, 4),
     ],
@@ -119,8 +130,8 @@ def test_inter_modal_loss_is_the_mean_over_the_views_an_item_has():
     ids = torch.tensor([1, 2])
     # first view: distances 0 and 1; second: 1, and the other item lacks it
     assert inter_modal_loss(views, mask, benchmark, ids, "cosine", 0.2, 8).item() == pytest.approx((0.5 + 1) / 2)
-    first = info_nce(views[:, 0], benchmark, collision_mask(ids, 8), 0.2)
-    second = info_nce(views[:1, 1], benchmark[:1], collision_mask(ids[:1], 8), 0.2)
+    first = info_nce(views[:, 0], benchmark, benchmark, collision_mask(ids, ids), 0.2)
+    second = info_nce(views[:1, 1], benchmark[:1], benchmark[:1], collision_mask(ids[:1], ids[:1]), 0.2)
     torch.testing.assert_close(inter_modal_loss(views, mask, benchmark, ids, "infonce", 0.2, 8), (first + second) / 2)
 
 
@@ -148,12 +159,17 @@ def test_intra_modal_loss_is_the_mean_over_the_views_that_both_have():
     users, items, ids = torch.randn(3, 2, 4), torch.randn(3, 2, 4), torch.tensor([7, 8, 9])
     mask = torch.tensor([[True, True], [True, False], [True, True]])
     some = mask[:, 1]
-    first = info_nce(users[:, 0], items[:, 0], collision_mask(ids, 8), 0.3)
-    second = info_nce(users[some, 1], items[some, 1], collision_mask(ids[some], 8), 0.3)
-    torch.testing.assert_close(intra_modal_loss(users, items, mask, ids, "infonce", 0.3, 8), (first + second) / 2)
+    others, other_ids = torch.randn(4, 2, 4), torch.tensor([5, 8, 6, 7])
+    other_mask = torch.tensor([[True, False], [True, True], [True, True], [True, True]])
+    negatives = (others, other_mask, other_ids)
+    first = info_nce(users[:, 0], items[:, 0], others[:2, 0], collision_mask(ids, other_ids[:2]), 0.3)
+    second = info_nce(users[some, 1], items[some, 1], others[1:3, 1], collision_mask(ids[some], other_ids[1:3]), 0.3)
+    torch.testing.assert_close(
+        intra_modal_loss(users, items, mask, ids, negatives, "infonce", 0.3, 2), (first + second) / 2
+    )
     first = alignment_uniformity(users[:, 0], items[:, 0], 8)
     second = alignment_uniformity(users[some, 1], items[some, 1], 8)
-    both = intra_modal_loss(users, items, mask, ids, "alignment_uniformity", 0.3, 8)
+    both = intra_modal_loss(users, items, mask, ids, negatives, "alignment_uniformity", 0.3, 8)
     torch.testing.assert_close(both, (first + second) / 2)
 
 

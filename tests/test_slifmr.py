@@ -10,7 +10,7 @@ from conftest import all_scores, batch_of
 
 from recbole_slifmr import loss
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.graph import knn_graph
+from recbole_slifmr.graph import knn_graph, unique_edges
 from recbole_slifmr.paths import ROOT
 
 EVERYTHING = {"feature_gate": True, "prune_ratio": 0.2, "eta_interaction": 0.2, "reg_weight": 0.01}
@@ -48,7 +48,8 @@ SWITCHES = [
     {"normalize_views": False},
     {"inter_loss": "cosine"},
     {"intra_loss": "alignment_uniformity"},
-    {"intra_views": ["text", "fused"]},
+    {"intra_views": ["text", "kg"]},
+    {"item_graph_weight": 0.0},
     {"intra_views": []},
     {"inter_weight": 0, "intra_weight": 0},
     {"kg_relation_weight": "uniform", "kg_min_degree": 1, "kg_max_degree": 3},
@@ -137,12 +138,8 @@ def dense_views(model, dataset, feedback):
     s = torch.zeros(n_items, n_items)
     s[tuple(feedback)] = 1
     items = model.item_embedding.weight
-    nodes = torch.cat([model.user_embedding.weight, items])
-    a = torch.zeros(len(nodes), len(nodes))
-    a[:n_users, n_users:], a[n_users:, :n_users] = dense_normalized(r), dense_normalized(r).T
-    a[n_users:, n_users:] = model.etas["interaction"] * dense_normalized(s)
-    users, first = ((nodes + a @ nodes + a @ a @ nodes) / 3).split([n_users, n_items])
-    views, masks = [first], [torch.ones(n_items, dtype=torch.bool)]
+    block = model.etas["interaction"] * dense_normalized(s)
+    views, masks = [], [torch.ones(n_items, dtype=torch.bool)]
 
     for name, (x, mask) in model.item_features(dataset).items():
         knn = torch.zeros(n_items, n_items)
@@ -153,6 +150,14 @@ def dense_views(model, dataset, feedback):
         h = F.normalize(x, dim=1) * mask[:, None] @ model.feature_encoders[name].projection.weight.T
         views.append((h + a @ h) / 2)
         masks.append(mask)
+        block = block + model.item_graph_weight * a / len(model.feature_encoders)
+
+    nodes = torch.cat([model.user_embedding.weight, items])
+    a = torch.zeros(len(nodes), len(nodes))
+    a[:n_users, n_users:], a[n_users:, :n_users] = dense_normalized(r), dense_normalized(r).T
+    a[n_users:, n_users:] = block
+    users, first = ((nodes + a @ nodes + a @ a @ nodes) / 3).split([n_users, n_items])
+    views.insert(0, first)
 
     weight = model.kg_encoder.relation_log_weight.exp()
     n_relations = (len(weight) - 1) // 2
@@ -179,7 +184,7 @@ def dense_views(model, dataset, feedback):
 
 
 def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(tiny, build):
-    run = build(tiny, kg_min_degree=1, inter_weight=0.3, reg_weight=0.01)
+    run = build(tiny, kg_min_degree=1, inter_weight=0.3, intra_weight=0.3, reg_weight=0.01)
     model, dataset = run.model, run.train._dataset
     with torch.no_grad():
         for parameter in model.parameters():
@@ -196,7 +201,14 @@ def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(tiny, b
         0.3 * loss.inter_modal_loss(items[pos], item_mask[pos], z_item[pos], pos, "infonce", 0.2, 512),
         0.3
         * loss.intra_modal_loss(
-            users[user][:, chosen], items[pos][:, chosen], user_mask[user] & item_mask[pos], pos, "infonce", 0.2, 512
+            users[user][:, chosen],
+            items[pos][:, chosen],
+            user_mask[user] & item_mask[pos],
+            pos,
+            (items[neg][:, chosen], item_mask[neg], neg),
+            "infonce",
+            0.2,
+            512,
         ),
         0.01 * loss.l2_loss(model.user_embedding(user), model.item_embedding(pos), model.item_embedding(neg)),
     ]
@@ -234,17 +246,19 @@ def test_refresh_links_the_nearest_fused_items_in_all_three_graphs(tiny, build):
     stats = model.refresh_graphs()
     assert torch.equal(model.feedback_index, expected)
     assert stats.edges == expected.shape[1] and stats.turnover == 1.0
-    for encoder in (model.interaction_encoder, model.kg_encoder):
-        assert torch.equal(encoder.feedback.edges().edge_index, expected)
+    assert torch.equal(model.kg_encoder.feedback.edges().edge_index, expected)
     mask = model.feature_encoders["text"].mask
     both = mask[expected[0]] & mask[expected[1]]
     assert torch.equal(model.feature_encoders["text"].feedback.edges().edge_index, expected[:, both])
+    block = model.interaction_encoder.item_block.edges().edge_index
+    parts = [expected, *(encoder.edges().edge_index for encoder in model.feature_encoders.values())]
+    assert torch.equal(block, unique_edges(torch.cat(parts, dim=1), model.n_items))
     assert not (model.feedback_index == 0).any()
 
 
 @pytest.mark.parametrize("off", ["interaction", "feature", "kg"])
 def test_each_eta_switches_its_graph_off(tiny, build, off):
-    run = build(tiny, **{f"eta_{off}": 0.0})
+    run = build(tiny, item_graph_weight=0.0, **{f"eta_{off}": 0.0})
     encoder = {
         "interaction": run.model.interaction_encoder,
         "feature": run.model.feature_encoders["text"],

@@ -27,7 +27,16 @@ from recbole_slifmr.data.cold import ColdScoring
 from recbole_slifmr.diagnostics import homogenisation, smoothing
 from recbole_slifmr.encoder import RELATION_WEIGHTS, FeatureEncoder, InteractionEncoder, KnowledgeEncoder
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.graph import KNN_SEARCHES, Edges, edge_turnover, knn_graph, knn_recall, normalize_symmetric
+from recbole_slifmr.graph import (
+    KNN_SEARCHES,
+    Edges,
+    edge_turnover,
+    empty_edges,
+    knn_graph,
+    knn_recall,
+    normalize_symmetric,
+    sum_edges,
+)
 from recbole_slifmr.layers import FUSIONS, Fusion, unit
 from recbole_slifmr.loss import (
     INTER_LOSSES,
@@ -98,6 +107,7 @@ class SLIFMR(EmbeddingRecommender):
         if self.knn_search == "approximate" and importlib.util.find_spec("faiss") is None:
             raise SettingError("knn_search: approximate needs FAISS: pip install faiss-cpu, or set it to exact")
         self.etas = {name: float(config[f"eta_{name}"]) for name in ("interaction", "feature", "kg")}
+        self.item_graph_weight: float = config["item_graph_weight"]
         self.prune_ratio: float = config["prune_ratio"]
         self.normalize_views: bool = config["normalize_views"]
         self.fusion_residual: bool = config["fusion_residual"]
@@ -153,15 +163,16 @@ class SLIFMR(EmbeddingRecommender):
         self.user_fusion.reset_parameters()
         self.item_fusion.reset_parameters()
         self.feedback_index = torch.zeros(2, 0, dtype=torch.long)
+        self._set_item_block(empty_edges(self.device))
 
     def _choose_views(self, names: Sequence[str]) -> list[int]:
-        """Return the positions of the views that ``intra_views`` names; the fused representation counts as the last."""
-        known = ("interaction", "modality", "kg", "fused", *self.feature_encoders)
+        """Return the positions of the views that ``intra_views`` names."""
+        known = ("interaction", "modality", "kg", *self.feature_encoders)
         for name in names:
             if name not in known:
                 raise SettingError(f"intra_views: '{name}' is none of {', '.join(known)}")
         chosen = set(names) | (set(self.feature_encoders) if "modality" in names else set())
-        return [v for v, name in enumerate([*self.view_names, "fused"]) if name in chosen]
+        return [v for v, name in enumerate(self.view_names) if name in chosen]
 
     @classmethod
     def scores_cold(cls, config: Any) -> ColdScoring:
@@ -253,13 +264,17 @@ class SLIFMR(EmbeddingRecommender):
             )
         if self.intra_weight and self.intra_view_indices:
             chosen = torch.tensor(self.intra_view_indices, device=pos.device)
-            both = torch.cat([user_mask & pos_mask, torch.ones_like(pos_mask[:, :1])], dim=1)
+            negatives = item_views[len(pos) :], item_mask[len(pos) :]
             intra = intra_modal_loss(
-                torch.cat([user_views, z_user.unsqueeze(1)], dim=1).index_select(1, chosen),
-                torch.cat([pos_views, z_pos.unsqueeze(1)], dim=1).index_select(1, chosen),
-                both[:, chosen],
-                pos, self.intra_loss, self.intra_temperature, self.n_negatives,
-            )  # fmt: skip
+                user_views.index_select(1, chosen),
+                pos_views.index_select(1, chosen),
+                (user_mask & pos_mask)[:, chosen],
+                pos,
+                (negatives[0].index_select(1, chosen), negatives[1][:, chosen], neg),
+                self.intra_loss,
+                self.intra_temperature,
+                self.n_negatives,
+            )
         reg = l2_loss(self.user_embedding(user), self.item_embedding(pos), self.item_embedding(neg))
         return Losses(bpr, self.inter_weight * inter, self.intra_weight * intra, self.reg_weight * reg)
 
@@ -288,12 +303,24 @@ class SLIFMR(EmbeddingRecommender):
         weight = normalize_symmetric(edge_index, torch.ones(edge_index.shape[1], device=edge_index.device), shape)
         feedback = Edges(edge_index, weight)
         self.feedback_index = edge_index
-        self.interaction_encoder.set_feedback(feedback, self.etas["interaction"])
         for encoder in self.feature_encoders.values():
             encoder.set_feedback(feedback, self.etas["feature"])
         if self.kg_encoder is not None:
             self.kg_encoder.set_feedback(feedback, self.etas["kg"])
+        self._set_item_block(feedback)
         self.clear_cache()
+
+    def _set_item_block(self, feedback: Edges) -> None:
+        """Put the correlation graph and the mean of the feature graphs into the interaction graph."""
+        parts = [(self.etas["interaction"], feedback)]
+        share = self.item_graph_weight / max(len(self.feature_encoders), 1)
+        parts += [(share, encoder.edges()) for encoder in self.feature_encoders.values()]
+        parts = [(weight, edges) for weight, edges in parts if weight]
+        if not parts:
+            return
+        index = torch.cat([edges.edge_index for _, edges in parts], dim=1)
+        weight = torch.cat([weight * edges.edge_weight for weight, edges in parts])
+        self.interaction_encoder.set_item_block(sum_edges(index, weight, self.n_items))
 
     def prune_interactions(self, seed: int) -> None:
         """Draw anew which interactions are left out of training propagation."""
@@ -334,7 +361,15 @@ def _check_ranges(config: Any) -> None:
         SettingError: naming setting, range and value.
     """
     positive = ("inter_temperature", "intra_temperature", "n_negatives", "refresh_k", "embedding_size", "knn_k")
-    not_negative = ("n_layers", "feature_n_layers", "kg_n_layers", "inter_weight", "intra_weight", "reg_weight")
+    not_negative = (
+        "n_layers",
+        "feature_n_layers",
+        "kg_n_layers",
+        "inter_weight",
+        "intra_weight",
+        "reg_weight",
+        "item_graph_weight",
+    )
     for name in positive:
         if not config[name] > 0:
             raise SettingError(f"{name} must be positive, not {config[name]}")
