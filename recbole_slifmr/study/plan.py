@@ -166,7 +166,7 @@ def _variants(definition: Mapping[str, Any], context: _Context) -> Iterator[Vari
 def _needs(settings: Mapping[str, Any]) -> set[str]:
     """Return which inputs, ``kg`` or ``feature``, the settings are about."""
     names = [*settings, *(settings.get("noise") or {})]
-    of_features = ("use_features", "eta_feature", "exclude_modalities", "modalities")
+    of_features = ("use_features", "eta_feature", "exclude_modalities", "modalities", "item_graph_weight")
     needed = set()
     if any(name in ("use_kg", "eta_kg") or name.startswith("kg_") for name in names):
         needed.add("kg")
