@@ -90,7 +90,7 @@ def benchmark(
         models: names; ``SLIFMR``, or else the first, is the reference of the tests of significance.
         jobs: runs at a time; more than one runs them as Ray tasks.
         address: of a running Ray cluster that sees the same files.
-        options: the other arguments of :func:`make_plan`.
+        options: ``out`` and the arguments of :func:`make_tasks`.
 
     Returns:
         one row per finished run.

@@ -233,7 +233,8 @@ def load_callback(path: str) -> Callback:
         callback = getattr(importlib.import_module(module_name), class_name)()
     except (ImportError, AttributeError, ValueError) as error:
         raise SettingError(f"callbacks: '{path}' cannot be loaded as package.module:ClassName: {error}") from error
-    missing = [hook for hook in vars(Callback) if not hook.startswith("_") and not hasattr(callback, hook)]
+    hooks = [name for name, hook in vars(Callback).items() if callable(hook) and not name.startswith("_")]
+    missing = [hook for hook in hooks if not hasattr(callback, hook)]
     if missing:
         raise SettingError(f"callbacks: '{path}' has no {missing[0]}: derive it from recbole_slifmr.callback.Callback")
     return callback

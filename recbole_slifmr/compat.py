@@ -351,7 +351,7 @@ def checkpoint_saving() -> bool:
     what `Trainer._checkpoint_state(epoch)` returns, which a trainer may extend. Not needed once RecBole moves
     the finished file into place by `os.replace`.
     """
-    if _refers_to(Trainer._save_checkpoint, "replace"):
+    if Trainer._save_checkpoint is _save_checkpoint or _refers_to(Trainer._save_checkpoint, "replace"):
         return False
     Trainer._checkpoint_state, Trainer._save_checkpoint = _checkpoint_state, _save_checkpoint
     PretrainTrainer.save_pretrained_model = _save_pretrained_model

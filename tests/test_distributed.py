@@ -80,6 +80,8 @@ def observe(rank, rendezvous, data):
     seen["test"] = trainer.evaluate(run.test_data)
     seen["steps"], seen["refreshed"] = len(steps), len(refreshed)
     seen["callbacks"] = [callback.state_dict() for callback in trainer.callbacks]
+    for entry in (entry for state in seen["callbacks"] for entry in state.get("history", ())):
+        entry.pop("seconds", None)  # of its own in each process
     seen["final"] = [p.detach().clone() for p in model.parameters()]
     seen["file"] = trainer.saved_model_file
     gathered = [None, None]

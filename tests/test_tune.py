@@ -115,7 +115,7 @@ def test_the_benchmark_takes_the_settings_but_not_the_epochs(searched):
     params = search.out.parent / "params" / "LightGCN"
     params.mkdir(parents=True)
     shutil.copy(outcome.best_file, params)
-    plan = make_plan("tiny", ["LightGCN", "BPR"], 1, config_files=[], params=params.parent)
+    plan = make_plan("tiny", ["LightGCN", "BPR"], seeds=1, config_files=[], params=params.parent)
     tuned, other = (make_config(**task.arguments) for task in plan.tasks)
     assert plan.tuned == {"LightGCN": 6}
     assert tuned["learning_rate"] == outcome.point["learning_rate"]
@@ -162,7 +162,7 @@ def test_no_test_split_is_scored_before_the_winner_is_chosen(session, data, tmp_
 def test_the_split_is_that_of_the_benchmark(data):
     search = plan_of(data, "out")
     config = search.config()
-    benchmarked = make_plan("tiny", ["LightGCN"], 1, settings={**SETTINGS, "data_path": str(data)}).tasks[0]
+    benchmarked = make_plan("tiny", ["LightGCN"], seeds=1, settings={**SETTINGS, "data_path": str(data)}).tasks[0]
     expected = prepare(make_config(**benchmarked.arguments), benchmarked.split_seed).fingerprints()
     assert fingerprint(prepare(config, search.seed).train_data) == expected["train"]
 
