@@ -97,14 +97,19 @@ def products(dataset: Any, config: Any, feedback: Tensor, device: torch.device) 
     pairs = unique_edges(pairs, n_items)
     interactions = SparseMatrix(Edges(pairs, torch.ones(pairs.shape[1], device=device)), (n_users, n_items))
     has_kg, n_layers = len(dataset.triples) > 0, config["n_layers"]
+    nearest = {
+        name: knn_graph(features.values.to(device), config["knn_k"], features.mask.to(device))
+        for name, features in dataset.item_features.items()
+    }
+    between_items = [feedback, *(nearest.values() if config["item_graph_weight"] else ())]
+    block = _matrix([unique_edges(torch.cat(between_items, dim=1), n_items)], n_items)
     needed = [
         Product("interaction", interactions, size, 2 * n_layers, 2 * n_layers),  # to the users and to the items
-        Product("interaction", _matrix([feedback], n_items), size, n_layers, n_layers),
+        Product("interaction", block, size, n_layers, n_layers),
         Product("user_means", interactions, size, len(dataset.item_features) + has_kg, int(has_kg)),
     ]
-    for name, features in dataset.item_features.items():
-        nearest = knn_graph(features.values.to(device), config["knn_k"], features.mask.to(device))
-        graph = _matrix([unique_edges(torch.cat([nearest, feedback], dim=1), n_items)], n_items)
+    for name, neighbours in nearest.items():
+        graph = _matrix([unique_edges(torch.cat([neighbours, feedback], dim=1), n_items)], n_items)
         needed.append(Product(name, graph, size, config["feature_n_layers"], 0))
     if has_kg and config["kg_n_layers"]:
         links, n_nodes = _kg_links(dataset, config["kg_min_degree"])

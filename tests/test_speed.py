@@ -179,9 +179,9 @@ def test_slifmr_has_its_floor_beside_it(report):
     assert floor["strict_step"] > 0 and floor["strict_epoch"] == pytest.approx(2 * floor["strict_step"])
     sizes = of(report, "SLIFMR")["sizes"]
     assert floor["nnz"]["user_means"] == sizes["training_interactions"]
-    feedback = floor["nnz"]["interaction"] - sizes["training_interactions"]
-    assert TINY.items < feedback <= 2 * 10 * TINY.items
-    assert feedback < floor["nnz"]["kg"] <= 2 * TINY.triples + feedback
+    between_items = floor["nnz"]["interaction"] - sizes["training_interactions"]
+    assert 2 * 10 * TINY.items < between_items <= 3 * 2 * 10 * TINY.items  # of refresh and two modalities
+    assert TINY.items < floor["nnz"]["kg"] <= 2 * TINY.triples + 2 * 10 * TINY.items
     assert all("floor" not in of(report, model) for model in MODELS[:3])
 
 
