@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.files import replace_file, write_json
@@ -72,8 +73,12 @@ class Task:
     @property
     def data(self) -> str:
         """What the training data depend on beside the data set: runs with the same must have the same splits."""
-        noise = self.settings.get("noise")
-        return json.dumps([noise, self.seed if noise else None, self.settings.get("cold_items")], sort_keys=True)
+        given: dict[str, Any] = {}
+        for file in self.config_files:
+            given |= yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        given |= self.settings
+        noise = given.get("noise")
+        return json.dumps([noise, self.seed if noise else None, given.get("cold_items")], sort_keys=True)
 
     def key(self) -> str:
         """Return a hash of all that the result depends on, the content of the config files included."""

@@ -88,6 +88,15 @@ def test_noise_that_a_model_does_not_read_is_no_run_of_its_own(folder):
     assert one.data != other.data, "their splits may differ"
 
 
+def test_noise_in_a_config_file_lets_the_seeds_differ_too(folder):
+    file = folder / "noisy.yaml"
+    file.write_text("noise: {interaction_add: 0.2}\n")
+    one, other = study_of(folder, "interval", {"intervals": [1]}, seeds=2, config_files=[file]).tasks
+    assert one.data != other.data
+    one, other = study_of(folder, "interval", {"intervals": [1]}, seeds=2).tasks
+    assert one.data == other.data
+
+
 def test_the_off_switch_and_the_interval_are_settings(folder):
     tasks = study_of(folder, "interval", {"intervals": [1, 5, "adaptive", "off"]}).first_tasks
     assert tasks["never"].settings["self_loop"] is False

@@ -8,26 +8,17 @@ from typing import Any
 import click
 
 from recbole_slifmr.cli.live import run_live
-from recbole_slifmr.cli.settings import FREE_SETTINGS, parse_settings, split_names, with_options
+from recbole_slifmr.cli.settings import FREE_SETTINGS, RUNS_OPTIONS, parse_settings, split_names, with_options
 from recbole_slifmr.errors import UnknownSettingWarning
-from recbole_slifmr.evaluation import MASKS
 
 
 @click.command(name="benchmark", context_settings=FREE_SETTINGS)
 @with_options(
     click.option("--dataset", "-d", required=True, help="Folder under data_path."),
     click.option("--models", "-m", required=True, help="Names with commas between them: SLIFMR,LightGCN,KGAT,LATTICE."),
-    click.option("--seeds", default=5, show_default=True, help="Training seeds per model."),
     click.option("--out", default="benchmark", show_default=True, help="Folder of the outputs; finished runs stay."),
-    click.option("--reuse", multiple=True, help="Outputs of a benchmark or study whose equal runs are taken over."),
-    click.option("--config_files", "--config-files", default="", help="YAML files of settings for all models."),
-    click.option("--params", default=None, help="Folder with MODEL.yaml or MODEL/best.yaml: tuned settings."),
-    click.option("--test_mask", "--test-mask", default=MASKS[0], show_default=True, type=click.Choice(MASKS),
-                 help="Items never ranked at test time."),
-    click.option("--threads", default=1, show_default=True, help="CPU threads per run."),
-    click.option("--jobs", default=1, show_default=True, help="Runs at a time, as Ray tasks if more than one."),
-    click.option("--address", default=None, help="Running Ray cluster that sees the same files."),
-)  # fmt: skip
+    *RUNS_OPTIONS,
+)
 @click.pass_context
 def benchmark_command(context: click.Context, dataset: str, models: str, config_files: str, **options: Any) -> None:
     """Compare models: slifmr benchmark --dataset=ml-100k --models=SLIFMR,LightGCN --seeds=2 --epochs=5.

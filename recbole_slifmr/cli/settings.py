@@ -6,10 +6,23 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
+import click
 import yaml
 
 from recbole_slifmr.errors import SettingError
+from recbole_slifmr.evaluation import MASKS
 
+RUNS_OPTIONS = (  # of the commands that run many models or variants side by side
+    click.option("--seeds", default=5, show_default=True, help="Training seeds of each."),
+    click.option("--reuse", multiple=True, help="Outputs of a benchmark or study whose equal runs are taken over."),
+    click.option("--config_files", "--config-files", default="", help="YAML files of settings for all."),
+    click.option("--params", default=None, help="Folder with MODEL.yaml or MODEL/best.yaml: tuned settings."),
+    click.option("--test_mask", "--test-mask", default=MASKS[0], show_default=True, type=click.Choice(MASKS),
+                 help="Items never ranked at test time."),
+    click.option("--threads", default=1, show_default=True, help="CPU threads per run."),
+    click.option("--jobs", default=1, show_default=True, help="Runs at a time, as Ray tasks if more than one."),
+    click.option("--address", default=None, help="Running Ray cluster that sees the same files."),
+)  # fmt: skip
 FREE_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]}
 
 

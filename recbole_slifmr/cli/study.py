@@ -9,9 +9,8 @@ import click
 import yaml
 
 from recbole_slifmr.cli.live import run_live
-from recbole_slifmr.cli.settings import FREE_SETTINGS, parse_settings, split_names, with_options
+from recbole_slifmr.cli.settings import FREE_SETTINGS, RUNS_OPTIONS, parse_settings, split_names, with_options
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
-from recbole_slifmr.evaluation import MASKS
 
 
 @click.command(name="study", context_settings=FREE_SETTINGS)
@@ -24,17 +23,9 @@ from recbole_slifmr.evaluation import MASKS
     click.option("--write_data", "--write-data", is_flag=True, help="robustness: keep the noisy data as atomic files."),
     click.option("--intervals", default=None, help="interval: epochs between refreshes, adaptive or off, with commas."),
     click.option("--vary", multiple=True, help="sensitivity: SETTING=VALUE,VALUE; may be given several times."),
-    click.option("--seeds", default=5, show_default=True, help="Training seeds per variant."),
     click.option("--out", default=None, help="Folder of the outputs; finished runs stay.  [NAME-DATASET]"),
-    click.option("--reuse", multiple=True, help="Outputs of a benchmark or study whose equal runs are taken over."),
-    click.option("--config_files", "--config-files", default="", help="YAML files of settings for all variants."),
-    click.option("--params", default=None, help="Folder with MODEL.yaml or MODEL/best.yaml: tuned settings."),
-    click.option("--test_mask", "--test-mask", default=MASKS[0], show_default=True, type=click.Choice(MASKS),
-                 help="Items never ranked at test time."),
-    click.option("--threads", default=1, show_default=True, help="CPU threads per run."),
-    click.option("--jobs", default=1, show_default=True, help="Runs at a time, as Ray tasks if more than one."),
-    click.option("--address", default=None, help="Running Ray cluster that sees the same files."),
-)  # fmt: skip
+    *RUNS_OPTIONS,
+)
 @click.pass_context
 def study(context: click.Context, name: str, dataset: str, config_files: str, **options: Any) -> None:
     """Run a study: slifmr study ablation --dataset=ml-100k --seeds=2 --epochs=3.
