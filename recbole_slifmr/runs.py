@@ -22,8 +22,10 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from recbole_slifmr import __version__
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.files import replace_file, write_json
+from recbole_slifmr.paths import PROPERTIES
 
 METRICS = [
     *("Recall", "NDCG", "Precision", "MRR", "Hit", "MAP"),
@@ -81,8 +83,12 @@ class Task:
         return json.dumps([noise, self.seed if noise else None, given.get("cold_items")], sort_keys=True)
 
     def key(self) -> str:
-        """Return a hash of all that the result depends on, the content of the config files included."""
-        content = {**asdict(self), "folder": None, "files": [Path(file).read_text() for file in self.config_files]}
+        """Return a hash of what the result depends on: the task, the content of the settings files, the version."""
+        names = ("overall.yaml", f"model/{self.model}.yaml", f"dataset/{self.dataset}.yaml")
+        defaults = [PROPERTIES / name for name in names]
+        files = [*map(Path, self.config_files), *(file for file in defaults if file.is_file())]
+        texts = [file.read_text(encoding="utf-8") for file in files]
+        content = {**asdict(self), "folder": None, "files": texts, "version": __version__}
         del content["label"]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -1,6 +1,7 @@
 """Studies: definitions to runs, runs to tables; the full model's row is the benchmark's run."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from recbole_slifmr.benchmark import Variant, benchmark, make_plan, make_tasks
 from recbole_slifmr.cli import main
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.experiment import load_data, make_config
+from recbole_slifmr.paths import PROPERTIES
 from recbole_slifmr.plugin import unknown_settings
 from recbole_slifmr.runs import read_result
 from recbole_slifmr.study.outputs import relative_losses, run_study, write_data
@@ -86,6 +88,17 @@ def test_noise_that_a_model_does_not_read_is_no_run_of_its_own(folder):
     assert len({task.folder for task in study.tasks}) == 5
     one, other = tasks["SLIFMR kg_tail=0.2"], tasks["SLIFMR kg_tail=0"]
     assert one.data != other.data, "their splits may differ"
+
+
+def test_other_defaults_make_a_run_unfinished(folder, monkeypatch):
+    task = study_of(folder).tasks[0]
+    before = task.key()
+    shutil.copytree(PROPERTIES, folder / "properties")
+    monkeypatch.setattr("recbole_slifmr.runs.PROPERTIES", folder / "properties")
+    assert task.key() == before
+    with (folder / "properties/model/SLIFMR.yaml").open("a") as file:
+        file.write("n_layers: 7\n")
+    assert task.key() != before
 
 
 def test_noise_in_a_config_file_lets_the_seeds_differ_too(folder):
