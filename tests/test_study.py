@@ -237,6 +237,23 @@ def test_sensitivity_reports_the_signs_of_failure(folder):
     assert "n_layers=3" in (folder / "out/table.md").read_text()
 
 
+@pytest.mark.slow
+def test_coldstart_says_who_cannot_score_a_cold_item_and_goes_on_one_page(folder):
+    study = study_of(folder, "coldstart", {"models": ["SLIFMR", "BPR"]})
+    runs = run_study(study).set_index("variant")
+    assert runs.loc["SLIFMR", "test_recall@10/among_cold"] >= 0
+    assert np.isnan(runs.loc["BPR", "test_recall@10/among_cold"])
+    lines = (folder / "out/table.md").read_text().splitlines()
+    assert lines[0].startswith("| model | Recall@10, cold items among all | Recall@10, among cold |")
+    assert [line.count("cannot score them") for line in lines[2:4]] == [0, 4]
+    assert (folder / "out/cold.png").stat().st_size > 1000
+    main_page = folder / "report.html"
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(folder / "out"), f"--out={main_page}"])
+    assert stop.value.code == 0
+    assert "cannot score them" in main_page.read_text()
+
+
 # -- statistics ------------------------------------------------------------------------------------------------------
 
 
