@@ -299,7 +299,8 @@ def caption(plan: Benchmark, runs: pd.DataFrame, states: Mapping[str, str]) -> s
     if config["cold_items"]:
         split += f", {config['cold_items']:.0%} of the items held out of training"
     parts = [
-        f"{plan.tasks[0].dataset}, {split}, test scores, mean ± standard deviation over {seeds} seeds.",
+        f"{plan.tasks[0].dataset}, {split}, test scores, "
+        + ("one seed." if seeds == "1" else f"mean ± standard deviation over {seeds} seeds."),
         f"All models: at most {config['epochs']} epochs, patience {config['stopping_step']} evaluations, best epoch by "
         f"validation {config['valid_metric']}; items of {items} are not ranked at test time.",
         f"Hyper-parameters from a file: {', '.join(tuned)}; the others have their defaults."

@@ -183,10 +183,11 @@ def _within_spread(runs: pd.DataFrame, metrics: list[str]) -> str:
     for metric in metrics:
         one, other = every[f"test_{metric}"], adaptive[f"test_{metric}"]
         difference = other.mean() - one.mean()
-        verdict = "within" if abs(difference) <= one.std() or difference > 0 else "below"
-        parts.append(
-            f"{report.metric_title(metric)} {difference:+.4f} ({verdict} the seeds' spread of {one.std():.4f})"
+        verdict = (
+            "within" if abs(difference) <= one.std() else f"{'higher' if difference > 0 else 'lower'} by more than"
         )
+        title = report.metric_title(metric)
+        parts.append(f"{title} {difference:+.4f} ({verdict} the seeds' spread of {one.std():.4f})")
     refreshes = f"{adaptive['refreshes'].mean():.1f} refreshes instead of {every['refreshes'].mean():.1f}"
     return f"Adaptive against every epoch: {', '.join(parts)}, with {refreshes}."
 
