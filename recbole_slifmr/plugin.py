@@ -224,7 +224,8 @@ def _settings_read_by_recbole() -> frozenset[str]:
     root = Path(inspect.getfile(recbole)).parent
     files = (path for path in root.rglob("*.py") if path.relative_to(root).parts[0] != "model")
     own = Path(__file__).parent.rglob("*.py")
-    shared = (path for path in own if path.parent.name != "model" and path.name not in ("trainer.py", "callback.py"))
+    of_models = ("trainer.py", "callback.py", "survey.py")  # they read settings of this package's models
+    shared = (path for path in own if path.parent.name != "model" and path.name not in of_models)
     return frozenset().union(*(_look_ups(path.read_text(encoding="utf-8")) for path in (*files, *shared)))
 
 
