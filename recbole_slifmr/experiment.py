@@ -161,7 +161,7 @@ def run(
         seconds=seconds,
         n_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         fingerprints=prepared.fingerprints(),
-        traces={c.trace: c.history for c in getattr(trainer, "callbacks", ()) if c.trace is not None},
+        traces={c.trace: c.history for c in getattr(trainer, "callbacks", ()) if getattr(c, "trace", None) is not None},
         per_user=per_user,
     )
 

@@ -11,9 +11,10 @@ from conftest import write_tiny
 
 from recbole_slifmr import report
 from recbole_slifmr.benchmark import Variant, benchmark, make_plan, make_tasks
+from recbole_slifmr.callback import Callback
 from recbole_slifmr.cli import main
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.experiment import load_data, make_config
+from recbole_slifmr.experiment import load_data, make_config, run
 from recbole_slifmr.paths import PROPERTIES
 from recbole_slifmr.plugin import unknown_settings
 from recbole_slifmr.runs import read_result
@@ -267,6 +268,13 @@ def test_the_difference_in_loss_by_hand():
     difference, low, high = report.loss_difference(users, "m", ("B 0", "B 1"), ("A 0", "A 1"))
     assert difference == pytest.approx(0.2) and low == pytest.approx(0.2) and high == pytest.approx(0.2)
     assert report.loss_difference(users, "m", ("B 0", "C"), ("A 0", "A 1")) is None
+
+
+def test_a_callback_of_its_own_kind_has_no_trace(folder, monkeypatch):
+    hooks = {name: lambda *args: {} for name, hook in vars(Callback).items() if callable(hook)}
+    monkeypatch.setattr("recbole_slifmr.trainer.load_callback", lambda path: type("Own", (), hooks)())
+    result = run("SLIFMR", "tiny", settings={**SETTINGS, "data_path": str(folder), "callbacks": ["a:B"], "epochs": 1})
+    assert set(result.traces) == {"diagnostics", "refreshes"}
 
 
 def test_settings_that_change_nothing_are_no_settings(folder):
