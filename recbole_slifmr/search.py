@@ -20,7 +20,7 @@ from recbole_slifmr.evaluation import MASKS
 from recbole_slifmr.experiment import make_config
 from recbole_slifmr.paths import PROPERTIES
 from recbole_slifmr.plugin import unknown_settings
-from recbole_slifmr.space import Point, Space, ends, grid, read_space
+from recbole_slifmr.space import Point, Space, draw, ends, grid, read_space, start
 
 SCHEDULERS = ("asha", "none", "pbt")
 SEARCHES = ("random", "optuna", "grid")
@@ -55,7 +55,7 @@ class Search:
         settings: settings of all trials, which win over the files; the point of a trial wins over both.
         trials: how many.
         scheduler: ``asha`` stops bad trials early, ``pbt`` has them go on from better ones, ``none`` lets them be.
-        search: ``random``, ``optuna`` (TPE) or ``grid``.
+        search: ``random`` (the model's own settings first), ``optuna`` (TPE) or ``grid``.
         seeds: how many seeds the winner is scored on test with; 0 leaves test alone.
         seed: of the trainings, of the split and of the search.
         test_mask: see :func:`~recbole_slifmr.experiment.run`.
@@ -84,6 +84,12 @@ class Search:
     def bigger(self) -> bool:
         """Whether a bigger validation score is better."""
         return bool(self.config()["valid_metric_bigger"])
+
+    def draw(self) -> list[Point]:
+        """Return the points of a random search: first the settings that the model has without one."""
+        config = self.config()
+        first = start(self.space, {name: config[name] for name in self.space})
+        return draw(self.space, self.trials, self.seed, first)
 
     @functools.cached_property
     def metric(self) -> str:

@@ -263,13 +263,25 @@ def ends(space: Space) -> list[Point]:
     return list(itertools.chain.from_iterable([{name: v} for v in d.ends] for name, d in space.items()))
 
 
-def draw(space: Space, count: int, seed: int) -> list[Point]:
-    """Draw points that differ: ``count`` of them, or fewer if the space does not hold so many."""
+def start(space: Space, values: Mapping[str, Any]) -> Point:
+    """Return the point at which settings have the ``values`` that they would have anyway, None for no value.
+
+    They need not lie in the space: a search starts from what its user would get without it.
+    """
+    point: Point = {}
+    for name, domain in space.items():
+        if _applies(domain, point) and values[name] is not None:
+            point[name] = values[name]
+    return point
+
+
+def draw(space: Space, count: int, seed: int, first: Point) -> list[Point]:
+    """Return ``first`` and points drawn that differ: ``count`` in all, or fewer if the space does not hold so many."""
     rng = np.random.default_rng(seed)
-    points: dict[str, Point] = {}
+    points: dict[str, Point] = {repr(sorted(first.items())): first}
     for _ in range(100 * count):
-        point = sample(space, rng)
-        points.setdefault(repr(sorted(point.items())), point)
         if len(points) == count:
             break
+        point = sample(space, rng)
+        points.setdefault(repr(sorted(point.items())), point)
     return list(points.values())

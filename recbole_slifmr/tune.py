@@ -30,7 +30,7 @@ from recbole_slifmr.files import replace_file, write_json
 from recbole_slifmr.outcome import Ended, Outcome
 from recbole_slifmr.runs import Task, collect, ray_session, run_all
 from recbole_slifmr.search import DATA, Search, make_search
-from recbole_slifmr.space import Space, draw, grid, perturb, suggest
+from recbole_slifmr.space import Space, grid, perturb, suggest
 from recbole_slifmr.trial import TrialData, load_trial_data, run_trial
 
 
@@ -161,7 +161,7 @@ def _fit(
         }
     )
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures stand in trials.csv
-    points = grid(search.space) if search.search == "grid" else draw(search.space, search.trials, search.seed)
+    points = grid(search.space) if search.search == "grid" else search.draw()
     listed = search.search != "optuna"
     param_space = {"point": ray_tune.grid_search(points)} if listed else {}
     going_on = resume and _restore_state(search)

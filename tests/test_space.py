@@ -51,9 +51,18 @@ def test_drawn_points_lie_in_the_space_and_keep_its_conditions(space):
 
 
 def test_a_draw_is_repeatable_and_without_repeats(space):
-    assert spaces.draw(space, 5, seed=1) == spaces.draw(space, 5, seed=1) != spaces.draw(space, 5, seed=2)
+    first = {"self_loop": False}
+    drawn = spaces.draw(space, 5, 1, first)
+    assert drawn == spaces.draw(space, 5, 1, first) != spaces.draw(space, 5, 2, first)
+    assert len(drawn) == 5 and drawn[0] is first
     small = spaces.parse_space({"a": {"choice": [1, 2]}, "b": {"choice": [1, 2]}})
-    assert len(spaces.draw(small, 10, seed=0)) == 4, "the space holds no more"
+    assert len(spaces.draw(small, 10, 0, {"a": 1, "b": 1})) == 4, "the space holds no more"
+
+
+def test_a_search_starts_from_the_settings_as_they_are(space):
+    values = dict.fromkeys(space) | {"learning_rate": 0.5, "self_loop": False, "refresh_k": 7}
+    assert spaces.start(space, values) == {"learning_rate": 0.5, "self_loop": False}, "refresh_k needs the self-loop"
+    assert spaces.start(space, values | {"self_loop": True})["refresh_k"] == 7
 
 
 def test_a_grid_is_every_point_once():
