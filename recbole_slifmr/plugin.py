@@ -36,7 +36,7 @@ from recbole_slifmr.data.noise import read_noise
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
 from recbole_slifmr.paths import PROPERTIES, find_data_path
 
-MODELS = ("SLIFMR", "LATTICE", "FREEDOM", "BM3", "VBPR")
+MODELS = ("SLIFMR", "LATTICE", "FREEDOM", "BM3", "VBPR", "XSimGCL")
 # What a saved data set depends on beside RecBole's own list.
 DATASET_SETTINGS = ("modalities", "exclude_modalities", "feature_path", "feature_missing", "use_kg", "use_features",
                     "MODEL_TYPE", "data_path", "noise", "cold_items")  # fmt: skip

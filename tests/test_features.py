@@ -169,7 +169,7 @@ def test_items_without_a_row_are_filled(tmp_path, missing, wanted, zero_row):
 
 
 @pytest.mark.parametrize("missing", ["mean", "zero"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [model for model in MODELS if model != "XSimGCL"])
 def test_models_train_on_filled_items(tiny, model, missing):
     settings = {**QUIET, "epochs": 1, "data_path": str(tiny.parent), "feature_missing": missing}
     prepared = prepare(make_config(model, "tiny", settings=settings))

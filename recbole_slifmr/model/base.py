@@ -25,6 +25,9 @@ class EmbeddingRecommender(GeneralRecommender):
     Args:
         config: RecBole's configuration.
         dataset: a :class:`~recbole_slifmr.data.dataset.SLIFMRDataset`, the training split.
+
+    Raises:
+        SettingError: for a setting of the trainer that needs what the model cannot do.
     """
 
     input_type = InputType.PAIRWISE
@@ -34,6 +37,9 @@ class EmbeddingRecommender(GeneralRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
+        for setting, method in (("prune_ratio", "prune_interactions"), ("self_loop", "refresh_graphs")):
+            if config[setting] and not hasattr(self, method):
+                raise SettingError(f"{config['model']} cannot do what {setting} asks for: leave it off")
         self._final: tuple[Tensor, Tensor] | None = None
         warm = (~is_cold(dataset)).unsqueeze(1).to(self.device) if config["cold_items"] else None
         self.register_buffer("warm", warm, persistent=False)
@@ -108,7 +114,6 @@ class MultimodalRecommender(EmbeddingRecommender):
 
     Raises:
         DataError: if the data set has no item features.
-        SettingError: for a setting of the trainer that needs what the model cannot do.
     """
 
     def __init__(self, config: Any, dataset: Any) -> None:
@@ -119,9 +124,6 @@ class MultimodalRecommender(EmbeddingRecommender):
             if not config["use_features"]:
                 fix = "set use_features to True"
             raise DataError(f"{config['model']} needs item features and '{dataset.dataset_name}' has none: {fix}")
-        for setting, method in (("prune_ratio", "prune_interactions"), ("self_loop", "refresh_graphs")):
-            if config[setting] and not hasattr(self, method):
-                raise SettingError(f"{config['model']} cannot do what {setting} asks for: leave it off")
 
 
 def unit_rows(features: ItemFeatures) -> Tensor:
