@@ -156,7 +156,7 @@ def dense_views(model, dataset, feedback):
     a = torch.zeros(len(nodes), len(nodes))
     a[:n_users, n_users:], a[n_users:, :n_users] = dense_normalized(r), dense_normalized(r).T
     a[n_users:, n_users:] = block
-    users, first = ((nodes + a @ nodes + a @ a @ nodes) / 3).split([n_users, n_items])
+    users, first = ((nodes + a @ nodes + a @ a @ nodes + a @ a @ a @ nodes) / 4).split([n_users, n_items])
     views.insert(0, first)
 
     weight = model.kg_encoder.relation_log_weight.exp()
@@ -184,7 +184,7 @@ def dense_views(model, dataset, feedback):
 
 
 def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(tiny, build):
-    run = build(tiny, kg_min_degree=1, inter_weight=0.3, intra_weight=0.3, reg_weight=0.01)
+    run = build(tiny, kg_min_degree=1, inter_weight=0.3, intra_weight=0.3, intra_saturation=0, reg_weight=0.01)
     model, dataset = run.model, run.train._dataset
     with torch.no_grad():
         for parameter in model.parameters():
@@ -231,6 +231,18 @@ def test_loss_weights_scale_their_terms(tiny, build):
     assert terms[0].bpr == terms[1].bpr
     for name in ("inter", "intra", "reg"):
         torch.testing.assert_close(3 * getattr(terms[0], name), getattr(terms[1], name))
+
+
+def test_the_intra_modal_loss_counts_less_where_users_have_few_interactions(tiny, build):
+    run = build(tiny, intra_saturation=0)
+    users = run.train._dataset.inter_feat["user_id"]
+    per_user = len(users) / len(users.unique())
+    full = run.model.calculate_loss(batch_of(run))
+    for saturation, share in ((per_user / 2, 1.0), (2 * per_user, 0.5), (8 * per_user, 0.125)):
+        run = build(tiny, intra_saturation=saturation)
+        terms = run.model.calculate_loss(batch_of(run))
+        torch.testing.assert_close(terms.intra, share * full.intra)
+        assert terms.bpr == full.bpr and terms.inter == full.inter
 
 
 # -- graphs --------------------------------------------------------------------------------------------------

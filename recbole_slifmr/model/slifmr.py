@@ -114,7 +114,7 @@ class SLIFMR(EmbeddingRecommender):
         self.inter_weight: float = config["inter_weight"]
         self.inter_loss = _choice(config, "inter_loss", INTER_LOSSES)
         self.inter_temperature: float = config["inter_temperature"]
-        self.intra_weight: float = config["intra_weight"]
+        self.intra_weight = _intra_weight(config, dataset)
         self.intra_loss = _choice(config, "intra_loss", INTRA_LOSSES)
         self.intra_temperature: float = config["intra_temperature"]
         self.n_negatives: int = config["n_negatives"]
@@ -354,6 +354,13 @@ def _choice(config: Any, name: str, allowed: Sequence[str]) -> str:
     return config[name]
 
 
+def _intra_weight(config: Any, dataset: Any) -> float:
+    """Return ``intra_weight``, less in proportion if users have fewer than ``intra_saturation`` interactions each."""
+    users = dataset.inter_feat[dataset.uid_field]
+    per_user = len(users) / len(users.unique())
+    return config["intra_weight"] * min(1.0, per_user / (config["intra_saturation"] or per_user))
+
+
 def _check_ranges(config: Any) -> None:
     """Refuse numbers outside their range.
 
@@ -367,6 +374,7 @@ def _check_ranges(config: Any) -> None:
         "kg_n_layers",
         "inter_weight",
         "intra_weight",
+        "intra_saturation",
         "reg_weight",
         "item_graph_weight",
     )
