@@ -184,7 +184,7 @@ def dense_views(model, dataset, feedback):
 
 
 def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(tiny, build):
-    run = build(tiny, kg_min_degree=1, inter_weight=0.3, intra_weight=0.3, intra_saturation=0, reg_weight=0.01)
+    run = build(tiny, kg_min_degree=1, inter_weight=0.3, intra_weight=0.3, dense_at=0, reg_weight=0.01)
     model, dataset = run.model, run.train._dataset
     with torch.no_grad():
         for parameter in model.parameters():
@@ -233,16 +233,19 @@ def test_loss_weights_scale_their_terms(tiny, build):
         torch.testing.assert_close(3 * getattr(terms[0], name), getattr(terms[1], name))
 
 
-def test_the_intra_modal_loss_counts_less_where_users_have_few_interactions(tiny, build):
-    run = build(tiny, intra_saturation=0)
-    users = run.train._dataset.inter_feat["user_id"]
+def test_views_and_the_intra_modal_loss_count_less_where_users_have_few_interactions(tiny, build):
+    whole = build(tiny, dense_at=0)
+    users = whole.train._dataset.inter_feat["user_id"]
     per_user = len(users) / len(users.unique())
-    full = run.model.calculate_loss(batch_of(run))
-    for saturation, share in ((per_user / 2, 1.0), (2 * per_user, 0.5), (8 * per_user, 0.125)):
-        run = build(tiny, intra_saturation=saturation)
-        terms = run.model.calculate_loss(batch_of(run))
-        torch.testing.assert_close(terms.intra, share * full.intra)
-        assert terms.bpr == full.bpr and terms.inter == full.inter
+    views, mask = whole.model.encode()[1::2]
+    residual = views[:, 0]
+    fused = whole.model.fuse(whole.model.item_fusion, views, mask) - residual
+    batch = batch_of(whole)
+    terms = whole.model.calculate_loss(batch)
+    for dense_at, share in ((per_user / 2, 1.0), (2 * per_user, 0.5), (8 * per_user, 0.125)):
+        model = build(tiny, dense_at=dense_at).model
+        torch.testing.assert_close(model.fuse(model.item_fusion, views, mask), share * fused + residual)
+        torch.testing.assert_close(model.calculate_loss(batch).intra, share * terms.intra)
 
 
 # -- graphs --------------------------------------------------------------------------------------------------

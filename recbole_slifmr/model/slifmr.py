@@ -114,7 +114,8 @@ class SLIFMR(EmbeddingRecommender):
         self.inter_weight: float = config["inter_weight"]
         self.inter_loss = _choice(config, "inter_loss", INTER_LOSSES)
         self.inter_temperature: float = config["inter_temperature"]
-        self.intra_weight = _intra_weight(config, dataset)
+        self.density = _density(dataset, config["dense_at"])
+        self.intra_weight: float = config["intra_weight"] * self.density
         self.intra_loss = _choice(config, "intra_loss", INTRA_LOSSES)
         self.intra_temperature: float = config["intra_temperature"]
         self.n_negatives: int = config["n_negatives"]
@@ -230,7 +231,7 @@ class SLIFMR(EmbeddingRecommender):
 
     def fuse(self, fusion: Fusion, views: Tensor, mask: Tensor) -> Tensor:
         """Fuse ``views [n, V, d]`` into ``z [n, d]``, with the interaction view as residual if so set."""
-        fused = fusion(unit(views) if self.normalize_views else views, mask)
+        fused = fusion(unit(views), mask) * self.density if self.normalize_views else fusion(views, mask)
         return fused + views[:, 0] if self.fusion_residual else fused
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -354,11 +355,10 @@ def _choice(config: Any, name: str, allowed: Sequence[str]) -> str:
     return config[name]
 
 
-def _intra_weight(config: Any, dataset: Any) -> float:
-    """Return ``intra_weight``, less in proportion if users have fewer than ``intra_saturation`` interactions each."""
+def _density(dataset: Any, dense_at: float) -> float:
+    """Return the mean interactions per user as a share of ``dense_at``, at most 1; 1 for a ``dense_at`` of 0."""
     users = dataset.inter_feat[dataset.uid_field]
-    per_user = len(users) / len(users.unique())
-    return config["intra_weight"] * min(1.0, per_user / (config["intra_saturation"] or per_user))
+    return min(1.0, len(users) / (len(users.unique()) * dense_at)) if dense_at else 1.0
 
 
 def _check_ranges(config: Any) -> None:
@@ -374,7 +374,7 @@ def _check_ranges(config: Any) -> None:
         "kg_n_layers",
         "inter_weight",
         "intra_weight",
-        "intra_saturation",
+        "dense_at",
         "reg_weight",
         "item_graph_weight",
     )
