@@ -84,7 +84,8 @@ def test_every_yaml_says_what_each_setting_is_and_is_known(path):
         for line in path.read_text().splitlines():
             if line and not line.startswith("#"):
                 assert "# (" in line, f"{line}: no type and meaning"
-    model = path.stem if path.parent.name == "model" else "SLIFMR"
+    of_a_model = path.parent.name == "model" or path.parent.parent.name == "dataset"
+    model = path.stem if of_a_model else "SLIFMR"
     assert unknown_settings(make_config(model, "toy", [path])) == []
 
 
