@@ -170,7 +170,7 @@ def test_the_command_reports_a_bad_value_in_one_line(folder, capsys):
 def test_an_own_study_takes_over_the_benchmark_s_run(folder, monkeypatch):
     settings = {**SETTINGS, "data_path": str(folder)}
     bench = benchmark("tiny", ["SLIFMR", "BPR"], seeds=1, out=folder / "bench", settings=settings)
-    variants = {"all": {}, "no {modality}": {"exclude_modalities": ["{modality}"]}, "all again": {"n_layers": 2}}
+    variants = {"all": {}, "no {modality}": {"exclude_modalities": ["{modality}"]}, "all again": {"n_layers": 3}}
     study = study_of(folder, own_study(folder, title="Mine", reference="all", variants=variants))
     runs = run_study(study, reuse=[folder / "bench"])
     assert list(runs["variant"]) == ["all", "no image", "no text", "all again"]
@@ -279,6 +279,6 @@ def test_a_callback_of_its_own_kind_has_no_trace(folder, monkeypatch):
 
 def test_settings_that_change_nothing_are_no_settings(folder):
     settings = {**SETTINGS, "data_path": str(folder)}
-    variants = [Variant("SLIFMR", {}, "a"), Variant("SLIFMR", {"n_layers": 2, "inter_weight": 9.0}, "b")]
+    variants = [Variant("SLIFMR", {}, "a"), Variant("SLIFMR", {"n_layers": 3, "inter_weight": 9.0}, "b")]
     tasks, _ = make_tasks("tiny", variants, folder, seeds=1, settings=settings)
     assert "n_layers" not in tasks[1].settings and tasks[1].settings["inter_weight"] == 9.0
