@@ -360,8 +360,9 @@ class _Watch(ray_tune.Callback):
 
         replace_file(self.search.state, write)
         _Watch.saved = saved
-        for trial in self.search.folder.iterdir():  # the state names the last checkpoint, which may have a successor
-            for checkpoint in sorted(trial.glob("checkpoint_*"))[: -_kept_checkpoints(self.search)]:
+        for trial in self.search.folder.iterdir():  # the state names what was the last checkpoint when it was written
+            old = [file for file in sorted(trial.glob("checkpoint_*")) if file.stat().st_mtime < saved - 1]
+            for checkpoint in old[: -_kept_checkpoints(self.search)]:
                 shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _tell(self, trials: list[Any]) -> None:
