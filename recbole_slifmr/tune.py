@@ -361,6 +361,7 @@ class _Watch(ray_tune.Callback):
         replace_file(self.search.state, write)
         _Watch.saved = saved
         for trial in self.search.folder.iterdir():  # the state names what was the last checkpoint when it was written
+            # a second is more than Ray takes to write it: meanwhile short epochs bring many checkpoints
             old = [file for file in sorted(trial.glob("checkpoint_*")) if file.stat().st_mtime < saved - 1]
             for checkpoint in old[: -_kept_checkpoints(self.search)]:
                 shutil.rmtree(checkpoint, ignore_errors=True)
