@@ -339,15 +339,16 @@ class _Watch(ray_tune.Callback):
         if monotonic() - _Watch.last > 0.25:
             self._tell(trials)
         if trials:
-            self._keep_state(Path(trials[0].storage.experiment_driver_staging_path))
+            self._keep_state(trials)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Tell how it ended and keep the last state."""
         self._tell(trials)
         if trials:
-            self._keep_state(Path(trials[0].storage.experiment_driver_staging_path))
+            self._keep_state(trials)
 
-    def _keep_state(self, folder: Path) -> None:
+    def _keep_state(self, trials: list[Any]) -> None:
+        folder = Path(trials[0].storage.experiment_driver_staging_path)
         files = [file for file in folder.glob("*state-*") if file.is_file()]
         saved = max((file.stat().st_mtime for file in files), default=self.saved)
         if saved == self.saved:
@@ -360,11 +361,12 @@ class _Watch(ray_tune.Callback):
 
         replace_file(self.search.state, write)
         _Watch.saved = saved
-        for trial in self.search.folder.iterdir():  # the state names what was the last checkpoint when it was written
-            # a second is more than Ray takes to write it: meanwhile short epochs bring many checkpoints
-            old = [file for file in sorted(trial.glob("checkpoint_*")) if file.stat().st_mtime < saved - 1]
-            for checkpoint in old[: -_kept_checkpoints(self.search)]:
-                shutil.rmtree(checkpoint, ignore_errors=True)
+        for trial in trials:  # as the state has them: of a search that went on, the folder may hold later checkpoints
+            if trial.checkpoint:
+                last = Path(trial.checkpoint.path)
+                older = [file for file in sorted(last.parent.glob("checkpoint_*")) if file.name <= last.name]
+                for checkpoint in older[: -_kept_checkpoints(self.search)]:
+                    shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _tell(self, trials: list[Any]) -> None:
         _Watch.last = monotonic()

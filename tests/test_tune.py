@@ -262,7 +262,7 @@ sys.path.insert(0, str(Path(sys.argv[1]) / "tests"))
 from test_tune import plan_of
 from recbole_slifmr.tune import run_search
 out = Path(sys.argv[3])
-search = plan_of(sys.argv[2], out, "SLIFMR", trials=3, scheduler="none", settings={"epochs": 4, "prune_ratio": 0.2})
+search = plan_of(sys.argv[2], out, "SLIFMR", trials=3, scheduler="none", settings={"epochs": 40, "prune_ratio": 0.2})
 run_search(search, resume="resume" in sys.argv, resources={"cpu": 1})
 """
 
@@ -272,7 +272,7 @@ def test_a_killed_search_goes_on_and_gives_what_it_would_have_given(session, dat
     """The driver gets SIGKILL when its first trial is done; the refreshed graphs of the others go on too."""
     whole = run_search(
         plan_of(
-            data, tmp_path / "whole", "SLIFMR", trials=3, scheduler="none", settings={"epochs": 4, "prune_ratio": 0.2}
+            data, tmp_path / "whole", "SLIFMR", trials=3, scheduler="none", settings={"epochs": 40, "prune_ratio": 0.2}
         )
     )
     command = [sys.executable, "-c", SEARCH, str(ROOT), str(data), str(tmp_path / "out")]
@@ -291,6 +291,10 @@ def test_a_killed_search_goes_on_and_gives_what_it_would_have_given(session, dat
     driver.wait()
     finished = done()
     assert finished and not (tmp_path / "out" / "best.yaml").exists()
+    for trial in (tmp_path / "out" / "trials").iterdir():  # as if it had got further since the state was kept
+        if checkpoints := sorted(trial.glob("checkpoint_*")):
+            for number in range(90, 95):
+                shutil.copytree(checkpoints[-1], trial / f"checkpoint_{number:06}")
     subprocess.run([*command, "resume"], check=True, capture_output=True, timeout=120)
     for file, lines in finished.items():
         assert file.read_text().splitlines() == lines, "not run again"
