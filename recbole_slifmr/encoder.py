@@ -98,6 +98,13 @@ class InteractionEncoder(nn.Module):
         """The graph in use: pruned in training mode, whole in evaluation mode."""
         return self.pruned if self.training else self.whole
 
+    def contains(self, users: Tensor, items: Tensor) -> Tensor:
+        """Return whether each pair of ``users`` and ``items``, of the same shape, is a training interaction, bool."""
+        edges = self.edge_index[0] * self.n_items + self.edge_index[1]  # sorted, as the edges are
+        pairs = users * self.n_items + items
+        place = torch.searchsorted(edges, pairs).clamp_(max=max(len(edges) - 1, 0))
+        return edges[place] == pairs if len(edges) else torch.zeros_like(pairs, dtype=torch.bool)
+
     def set_item_block(self, edges: Edges) -> None:
         """Set the item-item block, a symmetric matrix."""
         shape = (self.n_items, self.n_items)

@@ -3,6 +3,7 @@ r"""Loss functions, free of RecBole.
 Equations and sources:
 
 * BPR: :math:`-\log \sigma(s_{ui} - s_{uj})` (Rendle et al., UAI 2009);
+* dynamic negatives: j is the candidate of highest score (Zhang et al., SIGIR 2013);
 * InfoNCE: :math:`-\log \frac{e^{\cos(q, k^+)/\tau}}{e^{\cos(q, k^+)/\tau} + \sum_j e^{\cos(q, k_j)/\tau}}`
   (van den Oord et al., arXiv 1807.03748);
 * alignment :math:`\|\bar q - \bar k\|^2` and uniformity :math:`\log E\, e^{-2 \|\bar x - \bar y\|^2}`
@@ -40,6 +41,24 @@ class Losses(NamedTuple):
 def bpr_loss(pos_score: Tensor, neg_score: Tensor) -> Tensor:
     """Return the mean BPR loss of ``pos_score [B]`` over ``neg_score [B]``."""
     return F.softplus(neg_score - pos_score).mean()
+
+
+def hardest_negatives(users: Tensor, negatives: Tensor, candidates: Tensor, known: Tensor) -> Tensor:
+    """Return the candidate that each user scores highest by inner product; no gradients.
+
+    Args:
+        users: ``[B, d]``.
+        negatives: ``[N, d]``.
+        candidates: rows of ``negatives``, ``[B, K]``.
+        known: ``[B, K]`` bool, what the user interacted with and so is no negative; not all of a row's candidates.
+
+    Returns:
+        one row of ``negatives`` for each user, ``[B]``.
+    """
+    with torch.no_grad():
+        scores = torch.einsum("bd,bkd->bk", users, negatives[candidates])
+        best = scores.masked_fill_(known, torch.finfo(scores.dtype).min).argmax(1, keepdim=True)
+    return candidates.gather(1, best).squeeze(1)
 
 
 def collision_mask(ids: Tensor, negative_ids: Tensor) -> Tensor:

@@ -39,6 +39,17 @@ def test_interaction_encoder_equals_dense(eta):
     torch.testing.assert_close(torch.cat([users, items]), expected)
 
 
+def test_contains_tells_the_training_interactions():
+    encoder = InteractionEncoder(interactions(), 3, 3, n_layers=1)
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3)).T.reshape(2, 3, 3)
+    r = [[False, False, False], [False, True, True], [False, True, False]]
+    assert encoder.contains(*pairs).tolist() == r
+    encoder.prune(0.5, seed=1)
+    assert encoder.contains(*pairs).tolist() == r
+    nothing = InteractionEncoder(torch.zeros(2, 0, dtype=torch.long), 3, 3, n_layers=1)
+    assert not nothing.contains(*pairs).any()
+
+
 def test_user_means_skip_items_without_the_view():
     encoder = InteractionEncoder(interactions(), 3, 3, n_layers=1)
     first, second = torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[0.0], [6.0], [0.0]])

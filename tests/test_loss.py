@@ -11,6 +11,7 @@ from recbole_slifmr.loss import (
     bpr_loss,
     collision_mask,
     cosine_distance,
+    hardest_negatives,
     info_nce,
     inter_modal_loss,
     intra_modal_loss,
@@ -21,6 +22,16 @@ from recbole_slifmr.loss import (
 def test_bpr_by_hand():
     loss = bpr_loss(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.0]))
     assert loss.item() == pytest.approx((math.log(1 + math.exp(-2)) + math.log(2)) / 2)
+
+
+def test_the_hardest_negative_is_the_highest_scored_that_is_not_known():
+    users = torch.tensor([[1.0, 0.0], [0.0, 2.0]], requires_grad=True)
+    negatives = torch.tensor([[1.0, 5.0], [2.0, 1.0], [3.0, 0.0], [4.0, 2.0]])
+    candidates = torch.tensor([[0, 1, 2], [3, 2, 1]])  # scores: 1 2 3; 4 0 2
+    known = torch.zeros(2, 3, dtype=torch.bool)
+    assert hardest_negatives(users, negatives, candidates, known).tolist() == [2, 3]
+    known[0, 2] = known[1, 0] = True
+    assert hardest_negatives(users, negatives, candidates, known).tolist() == [1, 1]
 
 
 def test_info_nce_by_hand():

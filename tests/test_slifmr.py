@@ -78,6 +78,7 @@ def test_every_switch_trains(tiny, build, settings):
         ({"eta_kg": 1.5}, r"eta_kg must be in \[0, 1\]"),
         ({"intra_temperature": 0}, "intra_temperature must be positive"),
         ({"prune_ratio": 1.0}, r"prune_ratio must be in \[0, 1\)"),
+        ({"n_candidates": 0}, "n_candidates must be positive"),
         ({"intra_views": ["colour"]}, "intra_views: 'colour' is none of"),
         ({"refresh_interval": 0}, "refresh_interval must be a positive whole number or 'adaptive'"),
     ],
@@ -183,8 +184,22 @@ def dense_views(model, dataset, feedback):
     return torch.cat([users[:, None], means[:, 1:]], 1), item_views, user_mask, item_mask
 
 
-def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(tiny, build):
-    run = build(tiny, kg_min_degree=1, inter_weight=0.3, intra_weight=0.3, dense_at=0, reg_weight=0.01)
+def dense_negatives(dataset, user, neg, z_user, z_item, n_candidates):
+    """The negative of each row, picked one by one: see docs/method.md."""
+    known = set(zip(*(dataset.inter_feat[field].tolist() for field in ("user_id", "item_id")), strict=True))
+    chosen = []
+    for row in range(len(user)):
+        scores = z_item @ z_user[row]
+        others = [int(neg[(row + k) % len(neg)]) for k in range(1, n_candidates)]
+        others = [i for i in others if (int(user[row]), i) not in known]
+        chosen.append(max([int(neg[row]), *others], key=lambda i: float(scores[i].detach())))
+    return torch.tensor(chosen)
+
+
+@pytest.mark.parametrize("n_candidates", [1, 4, 1000])
+def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(tiny, build, n_candidates):
+    weights = {"inter_weight": 0.3, "intra_weight": 0.3, "reg_weight": 0.01}
+    run = build(tiny, kg_min_degree=1, dense_at=0, n_candidates=n_candidates, **weights)
     model, dataset = run.model, run.train._dataset
     with torch.no_grad():
         for parameter in model.parameters():
@@ -196,8 +211,10 @@ def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(tiny, b
     z_user = model.fuse(model.user_fusion, users, user_mask)[user]
     z_item = model.fuse(model.item_fusion, items, item_mask)
     chosen = [0, 1, 2, 3]
+    hard = dense_negatives(dataset, user, neg, z_user, z_item, n_candidates) if n_candidates > 1 else neg
+    assert (hard != neg).any() == (n_candidates > 1)
     expected = [
-        loss.bpr_loss((z_user * z_item[pos]).sum(1), (z_user * z_item[neg]).sum(1)),
+        loss.bpr_loss((z_user * z_item[pos]).sum(1), (z_user * z_item[hard]).sum(1)),
         0.3 * loss.inter_modal_loss(items[pos], item_mask[pos], z_item[pos], pos, "infonce", 0.2, 512),
         0.3
         * loss.intra_modal_loss(

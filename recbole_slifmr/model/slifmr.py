@@ -43,6 +43,7 @@ from recbole_slifmr.loss import (
     INTRA_LOSSES,
     Losses,
     bpr_loss,
+    hardest_negatives,
     inter_modal_loss,
     intra_modal_loss,
     l2_loss,
@@ -119,6 +120,7 @@ class SLIFMR(EmbeddingRecommender):
         self.intra_loss = _choice(config, "intra_loss", INTRA_LOSSES)
         self.intra_temperature: float = config["intra_temperature"]
         self.n_negatives: int = config["n_negatives"]
+        self.n_candidates: int = config["n_candidates"]
 
         # encoders, one per graph
         self.user_embedding = nn.Embedding(self.n_users, size)
@@ -257,6 +259,8 @@ class SLIFMR(EmbeddingRecommender):
         z_pos, z_neg = self.fuse(self.item_fusion, item_views, item_mask).split([len(pos), len(neg)])
         pos_views, pos_mask = item_views[: len(pos)], item_mask[: len(pos)]
 
+        if self.n_candidates > 1:
+            z_neg = z_neg.index_select(0, self._choose_negatives(user, neg, z_user, z_neg))
         bpr = bpr_loss((z_user * z_pos).sum(1), (z_user * z_neg).sum(1))
         inter = intra = torch.zeros_like(bpr)
         if self.inter_weight:
@@ -278,6 +282,16 @@ class SLIFMR(EmbeddingRecommender):
             )
         reg = l2_loss(self.user_embedding(user), self.item_embedding(pos), self.item_embedding(neg))
         return Losses(bpr, self.inter_weight * inter, self.intra_weight * intra, self.reg_weight * reg)
+
+    def _choose_negatives(self, user: Tensor, neg: Tensor, z_user: Tensor, z_neg: Tensor) -> Tensor:
+        """Return the position in the batch, ``[B]``, of the negative that BPR compares each row with.
+
+        The candidates of a row are its own negative and those of the rows after it, drawn just as uniformly.
+        """
+        rows = torch.arange(len(neg), device=neg.device)
+        candidates = (rows[:, None] + rows[: self.n_candidates]) % len(rows)
+        known = self.interaction_encoder.contains(user[:, None].expand_as(candidates), neg[candidates])
+        return hardest_negatives(z_user, z_neg, candidates, known)
 
     # -- graphs ---------------------------------------------------------------------------------------------------
 
@@ -367,7 +381,15 @@ def _check_ranges(config: Any) -> None:
     Raises:
         SettingError: naming setting, range and value.
     """
-    positive = ("inter_temperature", "intra_temperature", "n_negatives", "refresh_k", "embedding_size", "knn_k")
+    positive = (
+        "inter_temperature",
+        "intra_temperature",
+        "n_negatives",
+        "n_candidates",
+        "refresh_k",
+        "embedding_size",
+        "knn_k",
+    )
     not_negative = (
         "n_layers",
         "feature_n_layers",
