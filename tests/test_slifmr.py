@@ -250,7 +250,7 @@ def test_loss_weights_scale_their_terms(tiny, build):
         torch.testing.assert_close(3 * getattr(terms[0], name), getattr(terms[1], name))
 
 
-def test_views_and_the_intra_modal_loss_count_less_where_users_have_few_interactions(tiny, build):
+def test_views_intra_modal_loss_and_hard_negatives_count_less_where_users_have_few_interactions(tiny, build):
     whole = build(tiny, dense_at=0)
     users = whole.train._dataset.inter_feat["user_id"]
     per_user = len(users) / len(users.unique())
@@ -260,7 +260,8 @@ def test_views_and_the_intra_modal_loss_count_less_where_users_have_few_interact
     batch = batch_of(whole)
     terms = whole.model.calculate_loss(batch)
     for dense_at, share in ((per_user / 2, 1.0), (2 * per_user, 0.5), (8 * per_user, 0.125)):
-        model = build(tiny, dense_at=dense_at).model
+        model = build(tiny, dense_at=dense_at, n_candidates=9).model
+        assert model.n_candidates == 1 + 8 * share
         torch.testing.assert_close(model.fuse(model.item_fusion, views, mask), share * fused + residual)
         torch.testing.assert_close(model.calculate_loss(batch).intra, share * terms.intra)
 

@@ -120,7 +120,7 @@ class SLIFMR(EmbeddingRecommender):
         self.intra_loss = _choice(config, "intra_loss", INTRA_LOSSES)
         self.intra_temperature: float = config["intra_temperature"]
         self.n_negatives: int = config["n_negatives"]
-        self.n_candidates: int = config["n_candidates"]
+        self.n_candidates = 1 + round((config["n_candidates"] - 1) * self.density)
 
         # encoders, one per graph
         self.user_embedding = nn.Embedding(self.n_users, size)
