@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -197,7 +198,12 @@ def test_ctrl_c_leaves_no_process(data):
     train = [sys.executable, "-c", "from recbole_slifmr.cli import run_recbole; run_recbole()"]
     where = [f"--dataset={data.name}", f"--data_path={data.parent}"]
     endless = [*where, *ARGUMENTS, "--epochs=1000000", "--stopping_step=1000000"]
-    with subprocess.Popen([*train, *endless], stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    listening = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # where the tests run behind a shell's &, it is ignored
+    with subprocess.Popen(
+        [*train, *endless], stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listening
+    ) as process:
         lines = iter(process.stderr.readline, "")
         assert any("epoch 1 training" in line for line in lines)
         os.killpg(process.pid, signal.SIGINT)
