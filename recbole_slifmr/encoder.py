@@ -83,12 +83,15 @@ class InteractionEncoder(nn.Module):
     """
 
     edge_index: Tensor
+    edge_keys: Tensor
     kept: Tensor | None
 
     def __init__(self, edge_index: Tensor, n_users: int, n_items: int, n_layers: int) -> None:
         super().__init__()
         self.n_users, self.n_items, self.n_layers = n_users, n_items, n_layers
         self.register_buffer("edge_index", unique_edges(edge_index, n_items), persistent=False)
+        keys = self.edge_index[0] * n_items + self.edge_index[1]  # sorted, as the edges are
+        self.register_buffer("edge_keys", keys, persistent=False)
         self.register_buffer("kept", None, persistent=False)
         self.whole = self.pruned = InteractionGraph(self.edge_index, n_users, n_items)
         self.item_block: SparseMatrix | None = None
@@ -100,10 +103,11 @@ class InteractionEncoder(nn.Module):
 
     def contains(self, users: Tensor, items: Tensor) -> Tensor:
         """Return whether each pair of ``users`` and ``items``, of the same shape, is a training interaction, bool."""
-        edges = self.edge_index[0] * self.n_items + self.edge_index[1]  # sorted, as the edges are
         pairs = users * self.n_items + items
-        place = torch.searchsorted(edges, pairs).clamp_(max=max(len(edges) - 1, 0))
-        return edges[place] == pairs if len(edges) else torch.zeros_like(pairs, dtype=torch.bool)
+        if len(self.edge_keys) == 0:
+            return torch.zeros_like(pairs, dtype=torch.bool)
+        place = torch.searchsorted(self.edge_keys, pairs).clamp_(max=len(self.edge_keys) - 1)
+        return self.edge_keys[place] == pairs
 
     def set_item_block(self, edges: Edges) -> None:
         """Set the item-item block, a symmetric matrix."""

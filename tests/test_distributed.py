@@ -198,9 +198,7 @@ def test_ctrl_c_leaves_no_process(data):
     train = [sys.executable, "-c", "from recbole_slifmr.cli import run_recbole; run_recbole()"]
     where = [f"--dataset={data.name}", f"--data_path={data.parent}"]
     endless = [*where, *ARGUMENTS, "--epochs=1000000", "--stopping_step=1000000"]
-    listening = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # where the tests run behind a shell's &, it is ignored
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores it
     with subprocess.Popen(
         [*train, *endless], stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listening
     ) as process:
