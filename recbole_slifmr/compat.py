@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import yaml
 from recbole.config import Config
 from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
-from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
+from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader, NegSampleDataLoader
 from recbole.data.dataloader.knowledge_dataloader import KnowledgeBasedDataLoader
 from recbole.evaluator.collector import Collector, DataStruct
 from recbole.model import context_aware_recommender as context_aware
@@ -459,6 +459,38 @@ def _clearing(load_state_dict: Callable[..., Any], names: tuple[str, ...]) -> Ca
         return load_state_dict(self, *args, **kwargs)
 
     return load
+
+
+@_repair
+def dynamic_negatives() -> bool:
+    """Let dynamic negatives (`abstract_dataloader.py`) be chosen where the model is on a GPU, and without gradients.
+
+    The candidates are on the CPU and are indexed by positions on the model's device, which torch refuses. The
+    scores are only compared, but what their gradients would need is recorded for every batch. Not needed once
+    `_neg_sampling` sees to either.
+    """
+    if any(_refers_to(NegSampleDataLoader._neg_sampling, name) for name in ("cpu", "no_grad")):
+        return False
+    NegSampleDataLoader._neg_sampling = _scoring_on_cpu(NegSampleDataLoader._neg_sampling)
+    return True
+
+
+def _scoring_on_cpu(neg_sampling: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(neg_sampling)
+    def sample(self: Any, inter_feat: Any) -> Any:
+        if not self.neg_sample_args.get("dynamic", False):
+            return neg_sampling(self, inter_feat)
+        model = self.model
+        self.model = types.SimpleNamespace(
+            device=model.device, eval=model.eval, train=model.train, predict=lambda pairs: model.predict(pairs).cpu()
+        )
+        try:
+            with torch.no_grad():
+                return neg_sampling(self, inter_feat)
+        finally:
+            self.model = model
+
+    return sample
 
 
 @_repair

@@ -711,6 +711,49 @@ def check_shared_evaluation() -> None:
     assert json.loads(Path("after0.json").read_text()) == json.loads(Path("after1.json").read_text()) == alone
 
 
+@check
+def check_dynamic_negatives() -> None:
+    """The candidate of the highest score is taken, also where the scores are on another device, without gradients."""
+
+    class Elsewhere:
+        """Scores on a device whose tensors may not index those on the CPU."""
+
+        def __init__(self, values: torch.Tensor) -> None:
+            self.values = values
+
+        def cpu(self) -> torch.Tensor:
+            return self.values
+
+    compat.apply(skip={"dynamic_negatives"})
+    draws = {"distribution": "uniform", "sample_num": 1, "alpha": 1.0, "dynamic": True, "candidate_num": 4}
+    trainer, (train, _, _) = start("BPR", train_neg_sample_args=draws)
+    batch = train._dataset.inter_feat[:20]
+    recording, drawn = [], []
+
+    def predict(pairs: Any) -> torch.Tensor:
+        recording.append(torch.is_grad_enabled())
+        drawn.append(pairs["item_id"].reshape(4, -1))
+        return pairs["item_id"].float()  # so the highest item is the hardest
+
+    model = types.SimpleNamespace(device=torch.device("cpu"), eval=lambda: None, train=lambda: None, predict=predict)
+    train.get_model(model)
+    chosen = train._neg_sampling(batch)["neg_item_id"]
+    assert chosen.equal(drawn[-1].max(0).values)
+    assert recording == [True]
+    model.predict = lambda pairs: Elsewhere(predict(pairs))
+    with pytest.raises(AttributeError, match="reshape"):
+        train._neg_sampling(batch)
+    assert apply_only("dynamic_negatives") == ["dynamic_negatives"]
+    chosen = train._neg_sampling(batch)["neg_item_id"]
+    assert chosen.equal(drawn[-1].max(0).values)
+    assert recording == [True, True, False]
+    assert train.model is model
+    train.get_model(trainer.model)
+    assert all((batch["neg_item_id"] > 0).all() for batch in train)
+    train.neg_sample_args["dynamic"] = False
+    assert len(train._neg_sampling(batch)["neg_item_id"]) == len(batch)
+
+
 # -------------------------------------------------------------------------------------------- all together
 
 
@@ -733,7 +776,7 @@ def check_apply() -> None:
 def check_not_needed() -> None:
     """Where RecBole or a library is already right, nothing is changed."""
     from recbole.config import Config
-    from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
+    from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader, NegSampleDataLoader
     from recbole.data.dataloader.knowledge_dataloader import KnowledgeBasedDataLoader
     from recbole.evaluator.collector import Collector
     from recbole.model.general_recommender import NCL
@@ -766,6 +809,7 @@ def check_not_needed() -> None:
     Config._init_device = lambda self: None
     trainer.AbstractTrainer.__init__ = lambda self, config, model: {"broadcast_buffers": False}
     AbstractDataLoader.__init__ = lambda self, *args: None
+    NegSampleDataLoader._neg_sampling = lambda self, inter_feat: torch.zeros(1).cpu()
     Trainer._map_reduce = lambda self, result, num_sample: result
     torch.autograd.set_detect_anomaly(False)
     load = torch.load
