@@ -80,8 +80,18 @@ class DiagnosticsCallback(Callback):
     trace = "diagnostics"
 
     def __init__(self) -> None:
+        self._restored = False
+        self._reset()
+
+    def _reset(self) -> None:
         self.warned: set[str] = set()
         self.history = []
+
+    def on_train_start(self, trainer: SLIFMRTrainer) -> None:
+        """Begin afresh, unless a checkpoint was resumed."""
+        if not self._restored:
+            self._reset()
+        self._restored = False
 
     def on_epoch_end(self, trainer: SLIFMRTrainer, epoch: int, losses: dict[str, float]) -> None:
         """Measure, write, warn."""
@@ -101,6 +111,10 @@ class DiagnosticsCallback(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         self.history = list(state.get("history", []))
+        self.warned = {
+            name for name, limit in self.LIMITS.items() if any(found[name] > limit for found in self.history)
+        }
+        self._restored = True
 
 
 def refresh_graphs(model: Any) -> Any:

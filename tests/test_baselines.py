@@ -75,7 +75,7 @@ def test_any_number_of_modalities_moves_the_scores(tiny, build, model_name, n_mo
     assert not torch.allclose(*scores)
 
 
-@pytest.mark.parametrize("model_name", [*BASELINES, "XSimGCL"])
+@pytest.mark.parametrize("model_name", ["SLIFMR", *BASELINES, "XSimGCL"])
 def test_every_setting_is_explained_and_read(model_name):
     path = plugin.PROPERTIES / "model" / f"{model_name}.yaml"
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
@@ -86,7 +86,9 @@ def test_every_setting_is_explained_and_read(model_name):
         module for base in get_model(model_name).__mro__ if "slifmr" in (module := inspect.getmodule(base)).__name__
     ]
     looked_up = {name for module in modules[:1] for name in re.findall(r'config\["(\w+)"\]', inspect.getsource(module))}
-    assert looked_up <= settings | {"model"}, "a setting that the YAML lacks would silently be None"
+    assert looked_up <= settings | {"model", "train_neg_sample_args"}, (
+        "a setting that the YAML lacks would silently be None"
+    )
     files = [path for path in Path(plugin.__file__).parent.rglob("*.py") if path.parent.name != "model"]
     sources = [*files, inspect.getfile(modules[0]), inspect.getfile(recbole.trainer.Trainer)]
     read = {name for path in sources for name in re.findall(r'"(\w+)"', Path(path).read_text(encoding="utf-8"))}

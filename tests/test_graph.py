@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -199,16 +200,16 @@ def test_edges_between_popular_ends_go_first():
 
 
 def test_sampling_probability_follows_the_degrees():
-    # Two edges to choose one from: (u0, i0) with d = 1 x 4, and 3 x (u, i0) ... checked on the first pick's odds.
-    edges = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 2, 3, 4]])  # sqrt(d_u d_i): 1 against 2
-    first = torch.zeros(5)
-    for seed in range(4000):
-        generator = torch.Generator().manual_seed(seed)
-        key = torch.empty(5).exponential_(generator=generator) * torch.tensor([1.0, 2.0, 2.0, 2.0, 2.0])
-        first[key.argmin()] += 1
-        keep = sample_interactions(edges, 2, 5, 0.5, seed)
-        assert keep[key.argmin()], "the smallest key is always kept"
-    assert abs(first[0] / 4000 - 1 / 3) < 0.03  # weight 1 against four times 1/2
+    # numpy draws without replacement one after the other; the blocks are so full that hardly an edge has to be put back
+    small, large = torch.cartesian_prod(*[torch.arange(4)] * 2), torch.cartesian_prod(*[torch.arange(4, 16)] * 2)
+    edges = torch.cat([small, large]).T
+    weight = np.repeat([1 / 4, 1 / 12], [16, 144])  # 1 / sqrt(d_u d_i)
+    rng, expected = np.random.default_rng(0), np.zeros(160)
+    for _ in range(1000):
+        expected[rng.choice(160, 80, replace=False, p=weight / weight.sum())] += 1 / 1000
+    kept = torch.stack([sample_interactions(edges, 16, 16, 0.5, seed) for seed in range(1000)]).float().mean(0)
+    assert kept[:16].mean().item() == pytest.approx(expected[:16].mean(), abs=0.01)
+    assert kept[16:].mean().item() == pytest.approx(expected[16:].mean(), abs=0.01)
 
 
 def test_pruning_leaves_the_global_random_state_alone():

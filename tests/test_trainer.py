@@ -157,6 +157,12 @@ def test_collapse_is_warned_of_once(tiny, build, caplog):
     with caplog.at_level("WARNING"):
         fit(run)
     assert caplog.text.count("homogenisation is 0.990") == 1 and "smoothing" not in caplog.text
+    resumed = build(tiny, epochs=4)
+    resumed.model.diagnostics = run.model.diagnostics
+    resumed.trainer.resume_checkpoint(run.trainer.saved_model_file)
+    with caplog.at_level("WARNING"):
+        fit(resumed)
+    assert caplog.text.count("homogenisation is 0.990") == 1, "said before the checkpoint"
 
 
 # -- the self-loop, off ----------------------------------------------------------------------------------------------
@@ -193,6 +199,8 @@ def test_a_second_fit_starts_the_self_loop_anew(tiny, build, caplog):
         fit(run)
         fit(run)
     assert caplog.text.count("epoch 1 refresh:") == 2 and "epoch 0 refresh:" not in caplog.text
+    traces = {callback.trace: len(callback.history) for callback in run.trainer.callbacks if callback.trace}
+    assert traces == {"diagnostics": 2, "refreshes": 1}, "of the second fit alone"
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ graph and encoder (``encoder.py``); attentive fusion makes one representation of
 the k nearest neighbours among the fused items go back into all three graphs (:meth:`SLIFMR.refresh_graphs`). The loss:
 
 .. math::
-    L = \mathrm{BPR}(z) + w_{inter} L_{inter} + w_{intra} L_{intra} + \lambda \|E\|^2 .
+    L = \mathrm{BPR}(z) + w_{inter} L_{inter} + \rho w_{intra} L_{intra} + \lambda \|E\|^2 .
 
 Where the paper leaves a choice open, ``docs/method.md`` says what was chosen and why.
 """
