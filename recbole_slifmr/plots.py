@@ -86,7 +86,7 @@ def plot_robustness(path: Path, runs: pd.DataFrame, losses: Mapping[str, pd.Seri
     from matplotlib.figure import Figure
 
     kinds, models = (list(dict.fromkeys(runs[name])) for name in ("noise", "model"))
-    figure = Figure(figsize=(1.6 + 3.2 * len(kinds), 5.6), layout="constrained")
+    figure = Figure(figsize=(2.6 + 3.2 * len(kinds), 5.6), layout="constrained")
     axes = figure.subplots(2, len(kinds), squeeze=False, sharex=True)
     values = (runs[f"test_{metric}"], 100 * losses[metric])
     for column, kind in enumerate(kinds):
@@ -101,7 +101,7 @@ def plot_robustness(path: Path, runs: pd.DataFrame, losses: Mapping[str, pd.Seri
         axes[1, column].set_xlabel("noise, %")
     axes[0, 0].set_ylabel(f"test {metric_title(metric)}")
     axes[1, 0].set_ylabel(f"loss of {metric_title(metric)}, %")
-    axes[0, 0].legend(frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     _save(figure, path, f"Test {metric_title(metric)} and its loss by noise level; bands: deviation over seeds")
 
 
