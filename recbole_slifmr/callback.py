@@ -70,7 +70,22 @@ class PruningCallback(Callback):
         trainer.model.prune_interactions(self.seed * 1_000_003 + epoch)
 
 
-class DiagnosticsCallback(Callback):
+class _BeginsAfresh(Callback):
+    """Forgets what it gathered when training starts, unless ``load_state_dict`` set ``_restored``."""
+
+    _restored = False
+
+    def _reset(self) -> None:
+        raise NotImplementedError
+
+    def on_train_start(self, trainer: SLIFMRTrainer) -> None:
+        """Begin afresh, unless a checkpoint was resumed."""
+        if not self._restored:
+            self._reset()
+        self._restored = False
+
+
+class DiagnosticsCallback(_BeginsAfresh):
     """Write the model's signs of failure to TensorBoard and warn, once each, when one shows.
 
     Runs first after an epoch, on the graphs that the epoch was trained with.
@@ -80,18 +95,11 @@ class DiagnosticsCallback(Callback):
     trace = "diagnostics"
 
     def __init__(self) -> None:
-        self._restored = False
         self._reset()
 
     def _reset(self) -> None:
         self.warned: set[str] = set()
         self.history = []
-
-    def on_train_start(self, trainer: SLIFMRTrainer) -> None:
-        """Begin afresh, unless a checkpoint was resumed."""
-        if not self._restored:
-            self._reset()
-        self._restored = False
 
     def on_epoch_end(self, trainer: SLIFMRTrainer, epoch: int, losses: dict[str, float]) -> None:
         """Measure, write, warn."""
@@ -136,7 +144,7 @@ def refresh_graphs(model: Any) -> Any:
     return stats
 
 
-class SelfLoopCallback(Callback):
+class SelfLoopCallback(_BeginsAfresh):
     """The self-loop of SLIF-MR: after an epoch, feed what the model learned back into its graphs.
 
     Calls ``model.refresh_graphs()``, in the first of several processes, and logs edges, turnover and seconds. With
@@ -174,7 +182,6 @@ class SelfLoopCallback(Callback):
         self.first_epoch, self.interval = first_epoch, interval
         self.adaptive = interval == "adaptive"
         self.low, self.high, self.max_gap, self.patience = low, high, max_gap, patience
-        self._restored = False
         self._reset()
 
     def _reset(self) -> None:
@@ -183,12 +190,6 @@ class SelfLoopCallback(Callback):
         self.n_refreshes = 0
         self.history = []
         self.best_score, self.n_stalled = -math.inf, 0
-
-    def on_train_start(self, trainer: SLIFMRTrainer) -> None:
-        """Begin afresh, unless a checkpoint was resumed."""
-        if not self._restored:
-            self._reset()
-        self._restored = False
 
     def on_epoch_end(self, trainer: SLIFMRTrainer, epoch: int, losses: dict[str, float]) -> None:
         """Refresh the graphs if it is time."""
