@@ -40,7 +40,7 @@ from recbole.model import general_recommender as general
 from recbole.model import knowledge_aware_recommender as knowledge_aware
 from recbole.model import sequential_recommender as sequential
 from recbole.model.abstract_recommender import AbstractRecommender
-from recbole.trainer import MKRTrainer, PretrainTrainer, Trainer
+from recbole.trainer import MKRTrainer, NCLTrainer, PretrainTrainer, Trainer
 from recbole.utils import enum_type, set_color
 
 REPAIRS: dict[str, Callable[[], bool]] = {}
@@ -491,6 +491,29 @@ def _scoring_on_cpu(neg_sampling: Callable[..., Any]) -> Callable[..., Any]:
             self.model = model
 
     return sample
+
+
+@_repair
+def ncl_dynamic_negatives() -> bool:
+    """Tell the data loader the model that chooses dynamic negatives in NCL's own `fit` (`trainer.py`), too.
+
+    `Trainer.fit` does, the copy in `NCLTrainer` does not: the first batch ends in an error. Not needed once that copy
+    calls `get_model`.
+    """
+    if _refers_to(NCLTrainer.fit, "get_model"):
+        return False
+    NCLTrainer.fit = _telling_the_model(NCLTrainer.fit)
+    return True
+
+
+def _telling_the_model(fit: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(fit)
+    def telling(self: Any, train_data: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.config["train_neg_sample_args"].get("dynamic", False):
+            train_data.get_model(self.model)
+        return fit(self, train_data, *args, **kwargs)
+
+    return telling
 
 
 @_repair

@@ -754,6 +754,23 @@ def check_dynamic_negatives() -> None:
     assert len(train._neg_sampling(batch)["neg_item_id"]) == len(batch)
 
 
+@check
+def check_ncl_dynamic_negatives() -> None:
+    """NCL trains with dynamic negatives, which it chooses by its own scores."""
+    compat.apply(skip={"ncl_dynamic_negatives"})
+    draws = {"distribution": "uniform", "sample_num": 1, "alpha": 1.0, "dynamic": True, "candidate_num": 4}
+    settings = {"num_clusters": 2, "train_neg_sample_args": draws}
+    trainer, (train, _, _) = start("NCL", **settings)
+    with pytest.raises(AttributeError, match="NoneType"):
+        trainer.fit(train)
+    assert apply_only("ncl_dynamic_negatives") == ["ncl_dynamic_negatives"]
+    trainer.fit(train)
+    assert train.model is trainer.model
+    trainer, (train, _, _) = start("NCL", num_clusters=2)
+    trainer.fit(train)
+    assert train.model is None
+
+
 # -------------------------------------------------------------------------------------------- all together
 
 
@@ -781,7 +798,7 @@ def check_not_needed() -> None:
     from recbole.evaluator.collector import Collector
     from recbole.model.general_recommender import NCL
     from recbole.model.knowledge_aware_recommender import KGAT, KGIN, MCCLK
-    from recbole.trainer import Trainer
+    from recbole.trainer import NCLTrainer, Trainer
 
     trainer, utils = (
         importlib.import_module("recbole.trainer.trainer"),
@@ -811,6 +828,7 @@ def check_not_needed() -> None:
     AbstractDataLoader.__init__ = lambda self, *args: None
     NegSampleDataLoader._neg_sampling = lambda self, inter_feat: torch.zeros(1).cpu()
     Trainer._map_reduce = lambda self, result, num_sample: result
+    NCLTrainer.fit = lambda self, train_data: train_data.get_model(self.model)
     torch.autograd.set_detect_anomaly(False)
     load = torch.load
     torch.load = lambda *args, **kwargs: load(*args, **{"weights_only": False, **kwargs})
