@@ -466,8 +466,9 @@ def dynamic_negatives() -> bool:
     """Let dynamic negatives (`abstract_dataloader.py`) be chosen where the model is on a GPU, and without gradients.
 
     The candidates are on the CPU and are indexed by positions on the model's device, which torch refuses. The
-    scores are only compared, but what their gradients would need is recorded for every batch. Not needed once
-    `_neg_sampling` sees to either.
+    scores are only compared, but what their gradients would need is recorded for every batch. And SGL's own `train`,
+    which begins an epoch by drawing its two views, would be called for every batch. Not needed once `_neg_sampling`
+    sees to these.
     """
     if any(_refers_to(NegSampleDataLoader._neg_sampling, name) for name in ("cpu", "no_grad")):
         return False
@@ -482,7 +483,10 @@ def _scoring_on_cpu(neg_sampling: Callable[..., Any]) -> Callable[..., Any]:
             return neg_sampling(self, inter_feat)
         model = self.model
         self.model = types.SimpleNamespace(
-            device=model.device, eval=model.eval, train=model.train, predict=lambda pairs: model.predict(pairs).cpu()
+            device=model.device,
+            eval=lambda: torch.nn.Module.train(model, False),
+            train=lambda: torch.nn.Module.train(model),
+            predict=lambda pairs: model.predict(pairs).cpu(),
         )
         try:
             with torch.no_grad():

@@ -713,7 +713,10 @@ def check_shared_evaluation() -> None:
 
 @check
 def check_dynamic_negatives() -> None:
-    """The candidate of the highest score is taken, also where the scores are on another device, without gradients."""
+    """The candidate of the highest score is taken, also where the scores are on another device, without gradients.
+
+    A model that does more in `train` than to set its mode, as SGL does, is not disturbed.
+    """
 
     class Elsewhere:
         """Scores on a device whose tensors may not index those on the CPU."""
@@ -724,34 +727,70 @@ def check_dynamic_negatives() -> None:
         def cpu(self) -> torch.Tensor:
             return self.values
 
+    class HighestItem(torch.nn.Module):
+        """The higher the item, the harder it is."""
+
+        device = torch.device("cpu")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.modes: list[bool] = []
+            self.recording: list[bool] = []
+            self.asked: list[bool] = []
+            self.place: Callable[[torch.Tensor], Any] = torch.Tensor.float
+
+        def predict(self, pairs: Any) -> Any:
+            self.recording.append(torch.is_grad_enabled())
+            self.asked.append(self.training)
+            self.drawn = pairs["item_id"].reshape(4, -1)
+            return self.place(pairs["item_id"])
+
+        def train(self, mode: bool = True) -> HighestItem:
+            self.modes.append(mode)
+            return super().train(mode)
+
     compat.apply(skip={"dynamic_negatives"})
     draws = {"distribution": "uniform", "sample_num": 1, "alpha": 1.0, "dynamic": True, "candidate_num": 4}
     trainer, (train, _, _) = start("BPR", train_neg_sample_args=draws)
     batch = train._dataset.inter_feat[:20]
-    recording, drawn = [], []
-
-    def predict(pairs: Any) -> torch.Tensor:
-        recording.append(torch.is_grad_enabled())
-        drawn.append(pairs["item_id"].reshape(4, -1))
-        return pairs["item_id"].float()  # so the highest item is the hardest
-
-    model = types.SimpleNamespace(device=torch.device("cpu"), eval=lambda: None, train=lambda: None, predict=predict)
+    model = HighestItem()
     train.get_model(model)
     chosen = train._neg_sampling(batch)["neg_item_id"]
-    assert chosen.equal(drawn[-1].max(0).values)
-    assert recording == [True]
-    model.predict = lambda pairs: Elsewhere(predict(pairs))
+    assert chosen.equal(model.drawn.max(0).values)
+    assert model.recording == [True]
+    assert model.modes == [False, True]
+    model.place = Elsewhere
     with pytest.raises(AttributeError, match="reshape"):
         train._neg_sampling(batch)
+    model.modes.clear()
     assert apply_only("dynamic_negatives") == ["dynamic_negatives"]
     chosen = train._neg_sampling(batch)["neg_item_id"]
-    assert chosen.equal(drawn[-1].max(0).values)
-    assert recording == [True, True, False]
+    assert chosen.equal(model.drawn.max(0).values)
+    assert model.recording == [True, True, False]
+    assert model.asked == [False, False, False]
+    assert model.modes == []
+    assert model.training
     assert train.model is model
     train.get_model(trainer.model)
     assert all((batch["neg_item_id"] > 0).all() for batch in train)
     train.neg_sample_args["dynamic"] = False
     assert len(train._neg_sampling(batch)["neg_item_id"]) == len(batch)
+
+
+@check
+def check_dynamic_negatives_of_sgl() -> None:
+    """SGL draws its views once per epoch, also with dynamic negatives."""
+    from recbole.model.general_recommender import SGL
+
+    draws = {"distribution": "uniform", "sample_num": 1, "alpha": 1.0, "dynamic": True, "candidate_num": 4}
+    compat.apply()
+    drawn = []
+    construct = SGL.graph_construction
+    SGL.graph_construction = lambda self: (drawn.append(self), construct(self))[1]
+    trainer, (train, _, _) = start("SGL", train_neg_sample_args=draws, epochs=3)
+    trainer.fit(train, saved=False)
+    assert len(train) > 1
+    assert len(drawn) == 3
 
 
 @check
