@@ -44,7 +44,7 @@ class Explainer:
         self.learned = History.of(users, items, trained.n_users, trained.n_items)
         row, col = model.feedback_index.cpu().numpy()
         self.neighbours = History.of(row, col, trained.n_items, trained.n_items)
-        self.items = F.normalize(trained.embeddings()[1], dim=1)
+        self.items = F.normalize(trained.item_vectors(), dim=1)
         self.facts = self._facts()
         self.n_linked = {entity: len(linked) for entity, linked in self._linked_items().items()}
 

@@ -108,7 +108,7 @@ def similar_items(trained: Trained, item: int, k: int) -> pd.DataFrame:
     Raises:
         SettingError: if the model has no representations of items.
     """
-    unit = F.normalize(trained.embeddings()[1], dim=1)
+    unit = F.normalize(trained.item_vectors(), dim=1)
     cosine = unit @ unit[item]
     cosine[[0, item]] = -torch.inf
     values, items = (part.cpu().numpy() for part in torch.topk(cosine, min(k, len(cosine))))

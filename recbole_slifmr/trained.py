@@ -22,6 +22,7 @@ from torch import Tensor
 from recbole_slifmr.checkpoint import check_data, read_checkpoint
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.experiment import bad_input, set_threads
+from recbole_slifmr.model.slifmr import SLIFMR
 from recbole_slifmr.paths import find_data_path
 from recbole_slifmr.plugin import model_names
 
@@ -146,6 +147,15 @@ class Trained:
         raise SettingError(
             f"{self.config['model']} has no representations of users and items whose inner products are its scores"
         )
+
+    def item_vectors(self) -> Tensor:
+        """Return what items are compared by, ``[n_items, d]``: their embeddings, without SLIFMR's share of popularity.
+
+        Raises:
+            SettingError: if the model has none.
+        """
+        items = self.embeddings()[1]
+        return items[:, : self.model.size] if isinstance(self.model, SLIFMR) else items
 
     def _candidates(self) -> Iterator[tuple[Any, Any]]:
         model = self.model

@@ -250,7 +250,7 @@ def test_loss_weights_scale_their_terms(tiny, build):
         torch.testing.assert_close(3 * getattr(terms[0], name), getattr(terms[1], name))
 
 
-def test_views_intra_modal_loss_and_hard_negatives_count_less_where_users_have_few_interactions(tiny, build):
+def test_views_and_hard_negatives_count_less_where_users_have_few_interactions(tiny, build):
     whole = build(tiny, dense_at=0)
     users = whole.train._dataset.inter_feat["user_id"]
     per_user = len(users) / len(users.unique())
@@ -263,7 +263,71 @@ def test_views_intra_modal_loss_and_hard_negatives_count_less_where_users_have_f
         model = build(tiny, dense_at=dense_at, n_candidates=9).model
         assert model.n_candidates == 1 + 8 * share
         torch.testing.assert_close(model.fuse(model.item_fusion, views, mask), share * fused + residual)
-        torch.testing.assert_close(model.calculate_loss(batch).intra, share * terms.intra)
+        torch.testing.assert_close(model.calculate_loss(batch).intra, terms.intra)
+
+
+def test_popularity_has_a_learned_part_in_the_score_where_users_have_few_interactions(tiny, build):
+    run = build(tiny, dense_at=1000, n_candidates=1)
+    model, items = run.model, run.train._dataset.inter_feat["item_id"]
+    popularity = (1 - model.density) * torch.bincount(items, minlength=model.n_items).add(1.0).log()
+    plain = [part.clone() for part in model._final_embeddings()]
+    refreshed = model.refresh_graphs()
+    edges = model.feedback_index
+    batch = batch_of(run)
+    user, pos, neg = model.batch_ids(batch)
+    before = model.train().calculate_loss(batch)
+    model.clear_cache()
+    with torch.no_grad():
+        model.popularity_weight.fill_(0.7)
+
+    after = model.calculate_loss(batch)
+    assert model.popularity_weight.grad is None
+    after.bpr.backward()
+    assert model.popularity_weight.grad != 0
+    users, fused = (part[:, : model.size].detach() for part in model())
+    scores = users @ fused.T + 0.7 * popularity
+    torch.testing.assert_close(all_scores(run)[:, 1:], scores[1:, 1:])
+    torch.testing.assert_close(after.bpr, loss.bpr_loss(scores[user, pos], scores[user, neg]))
+    assert (after.inter, after.intra, after.reg) == (before.inter, before.intra, before.reg)
+    assert after.bpr != before.bpr
+
+    model.load_other_parameter(None)
+    torch.testing.assert_close(model._final_embeddings()[1][:, : model.size], plain[1][:, : model.size])
+    assert model.refresh_graphs() == refreshed._replace(turnover=1.0)
+    assert torch.equal(model.feedback_index, edges), "neighbours are those of the fused items"
+
+
+def test_the_hardest_negative_is_that_of_the_whole_score(tiny, build):
+    run = build(tiny, dense_at=30, n_candidates=1000)
+    model, dataset = run.model, run.train._dataset
+    assert model.density < 1 and model.n_candidates > 100
+    with torch.no_grad():
+        model.popularity_weight.fill_(5.0)
+    batch = batch_of(run)
+    user, pos, neg = model.batch_ids(batch)
+    z_user, z_item = model()
+    hard = dense_negatives(dataset, user, neg, z_user[user], z_item, model.n_candidates)
+    scores = z_user @ z_item.T
+    torch.testing.assert_close(
+        model.train().calculate_loss(batch).bpr, loss.bpr_loss(scores[user, pos], scores[user, hard])
+    )
+
+
+@pytest.mark.parametrize("settings", [{"dense_at": 0}, {"dense_at": 0.1}, {"dense_at": 1000, "popularity": False}])
+def test_popularity_has_no_part_on_dense_data_or_switched_off(tiny, build, settings):
+    model = build(tiny, **settings).model
+    assert model.popularity is None
+    assert "popularity_weight" not in model.state_dict()
+    assert [part.shape[1] for part in model()] == [model.size, model.size]
+
+
+def test_a_cold_item_counts_as_popular_as_the_others_are_on_average(tiny, build):
+    run = build(tiny, dense_at=1000, cold_items=0.3)
+    model = run.model
+    popularity, warm = model.popularity[1:], model.warm[1:, 0]
+    assert 0 < (~warm).sum() < model.n_items / 2
+    assert (popularity[warm] > 0).all()
+    torch.testing.assert_close(popularity[~warm], popularity[warm].mean().expand((~warm).sum()))
 
 
 # -- graphs --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ graph and encoder (``encoder.py``); attentive fusion makes one representation of
 the k nearest neighbours among the fused items go back into all three graphs (:meth:`SLIFMR.refresh_graphs`). The loss:
 
 .. math::
-    L = \mathrm{BPR}(z) + w_{inter} L_{inter} + \rho w_{intra} L_{intra} + \lambda \|E\|^2 .
+    L = \mathrm{BPR}(z) + w_{inter} L_{inter} + w_{intra} L_{intra} + \lambda \|E\|^2 .
 
 Where the paper leaves a choice open, ``docs/method.md`` says what was chosen and why.
 """
@@ -101,7 +101,7 @@ class SLIFMR(EmbeddingRecommender):
         super().__init__(config, dataset)
         # settings
         _check_ranges(config)
-        size: int = config["embedding_size"]
+        self.size = size = int(config["embedding_size"])
         self.reg_weight: float = config["reg_weight"]
         self.refresh_k: int = config["refresh_k"]
         self.knn_search = _choice(config, "knn_search", KNN_SEARCHES)
@@ -116,7 +116,7 @@ class SLIFMR(EmbeddingRecommender):
         self.inter_loss = _choice(config, "inter_loss", INTER_LOSSES)
         self.inter_temperature: float = config["inter_temperature"]
         self.density = _density(dataset, config["dense_at"])
-        self.intra_weight: float = config["intra_weight"] * self.density
+        self.intra_weight: float = config["intra_weight"]
         self.intra_loss = _choice(config, "intra_loss", INTRA_LOSSES)
         self.intra_temperature: float = config["intra_temperature"]
         self.n_negatives: int = config["n_negatives"]
@@ -161,6 +161,13 @@ class SLIFMR(EmbeddingRecommender):
 
         self.intra_view_indices = self._choose_views(config["intra_views"])
 
+        # popularity, where users have few interactions
+        self.popularity: Tensor | None
+        self.register_buffer("popularity", None, persistent=False)
+        if config["popularity"] and self.density < 1:
+            self.popularity = (1 - self.density) * self._log_popularity(dataset)
+            self.popularity_weight = nn.Parameter(torch.zeros(()))
+
         # initialisation
         self.apply(xavier_uniform_initialization)
         self.user_fusion.reset_parameters()
@@ -176,6 +183,15 @@ class SLIFMR(EmbeddingRecommender):
                 raise SettingError(f"intra_views: '{name}' is none of {', '.join(known)}")
         chosen = set(names) | (set(self.feature_encoders) if "modality" in names else set())
         return [v for v, name in enumerate(self.view_names) if name in chosen]
+
+    def _log_popularity(self, dataset: Any) -> Tensor:
+        """Return log(1 + training interactions) of every item, ``[n_items]``; for a cold one the mean of the others."""
+        count = torch.bincount(self.training_interactions(dataset)[1], minlength=self.n_items)
+        popularity = count.to(self.item_embedding.weight.dtype).log1p()
+        if self.warm is not None:
+            warm = self.warm.squeeze(1)
+            popularity = torch.where(warm, popularity, popularity[1:][warm[1:]].mean())  # 0 is padding
+        return popularity
 
     @classmethod
     def scores_cold(cls, config: Any) -> ColdScoring:
@@ -237,14 +253,27 @@ class SLIFMR(EmbeddingRecommender):
         return fused + views[:, 0] if self.fusion_residual else fused
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Return the fused representations of all users ``[n_users, d]`` and items ``[n_items, d]``."""
+        """Return the final embeddings of all users ``[n_users, d]`` and items ``[n_items, d]``.
+
+        The fused representations; where popularity has a part in the score, with one more coordinate for it.
+        """
         return self._fuse_all(self.encode())
 
     def _fuse_all(self, views: Views) -> tuple[Tensor, Tensor]:
-        return (
+        return self._add_popularity(
             self.fuse(self.user_fusion, views.users, views.user_mask),
             self.fuse(self.item_fusion, views.items, views.item_mask),
         )
+
+    def _add_popularity(self, z_user: Tensor, z_item: Tensor, items: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Append a coordinate to users ``[n, d]`` and items ``[m, d]``, all or ``items [m]``, if popularity counts.
+
+        1 for users, weight times log-popularity for items: the score gains their product.
+        """
+        if self.popularity is None:
+            return z_user, z_item
+        popularity = self.popularity_weight * _rows(self.popularity, items)
+        return torch.cat([z_user, z_user.new_ones(len(z_user), 1)], 1), torch.cat([z_item, popularity[:, None]], 1)
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -255,8 +284,11 @@ class SLIFMR(EmbeddingRecommender):
         self.clear_cache()
         user, pos, neg = self.batch_ids(interaction)
         user_views, item_views, user_mask, item_mask = self.encode(user, torch.cat([pos, neg]))
-        z_user = self.fuse(self.user_fusion, user_views, user_mask)
-        z_pos, z_neg = self.fuse(self.item_fusion, item_views, item_mask).split([len(pos), len(neg)])
+        fused = self.fuse(self.item_fusion, item_views, item_mask)
+        z_user, z_item = self._add_popularity(
+            self.fuse(self.user_fusion, user_views, user_mask), fused, torch.cat([pos, neg])
+        )
+        z_pos, z_neg = z_item.split([len(pos), len(neg)])
         pos_views, pos_mask = item_views[: len(pos)], item_mask[: len(pos)]
 
         if self.n_candidates > 1:
@@ -265,7 +297,7 @@ class SLIFMR(EmbeddingRecommender):
         inter = intra = torch.zeros_like(bpr)
         if self.inter_weight:
             inter = inter_modal_loss(
-                pos_views, pos_mask, z_pos, pos, self.inter_loss, self.inter_temperature, self.n_negatives
+                pos_views, pos_mask, fused[: len(pos)], pos, self.inter_loss, self.inter_temperature, self.n_negatives
             )
         if self.intra_weight and self.intra_view_indices:
             chosen = torch.tensor(self.intra_view_indices, device=pos.device)
@@ -301,7 +333,7 @@ class SLIFMR(EmbeddingRecommender):
 
         Blended with the *initial* graphs each time. Parameters, gradients and random states are left alone.
         """
-        items = self._final_embeddings()[1]
+        items = self._final_embeddings()[1][:, : self.size]
         mask = torch.ones(self.n_items, dtype=torch.bool, device=items.device)
         mask[0] = False
         index = knn_graph(items, self.refresh_k, mask, search=self.knn_search)
@@ -355,7 +387,7 @@ class SLIFMR(EmbeddingRecommender):
         self.train(training)
         return {
             "homogenisation": homogenisation(views.items[1:], views.item_mask[1:]),
-            "smoothing": smoothing(self._final[1][1:]),
+            "smoothing": smoothing(self._final[1][1:, : self.size]),
         }
 
 
