@@ -1,6 +1,6 @@
 r"""A synthetic shop on which scores mean something: few interactions per user, brands and categories, short texts.
 
-    python -m benchmarks.shop FOLDER [--users 12000] [--items 7000] [--seed 1]
+    python -m benchmarks.shop --out=shops [--name=shop] [--users=12000] [--items=7000] [--seed=1]
 
 Items have a vector, the sum of their category's, their brand's and one of their own, and a log-normal popularity;
 brands keep mostly to one department. A user has one to three interests, each near an item drawn by popularity, and
@@ -16,11 +16,25 @@ reach a validation Recall@20 of .037, .076 and .076.
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from pathlib import Path
 
+import click
 import numpy as np
+import pandas as pd
+
+from recbole_slifmr.data.convert.target import (
+    ENTITY,
+    HEAD,
+    ITEM,
+    RELATION,
+    SPLITS,
+    TAIL,
+    USER,
+    AtomicFolder,
+    atomic_folder,
+)
+from recbole_slifmr.errors import DataError, SettingError
 
 DEPARTMENTS, CATEGORIES_EACH, SIZE, TEXT_SIZE = 20, 12, 24, 384
 BRAND, OWN, FOCUS, INTEREST_SPREAD, BY_POPULARITY, TEXT_NOISE = 0.7, 0.7, 14.0, 0.12, 0.2, 2.0
@@ -46,14 +60,12 @@ def _core(pairs: np.ndarray) -> np.ndarray:
         pairs = pairs[kept]
 
 
-def write(folder: Path, n_users: int, n_items: int, seed: int) -> dict[str, int]:
-    """Write the data set into ``folder``, whose name is its own; return its counts.
+def write(target: AtomicFolder, n_users: int, n_items: int, seed: int) -> None:
+    """Write the data set.
 
     Raises:
-        ValueError: if the folder is there already, or too few users leave nothing.
+        SettingError: if too few users leave nothing.
     """
-    if folder.exists():
-        raise ValueError(f"{folder} is there already: name another folder")
     rng = np.random.default_rng(seed)
     # items
     n_categories, n_brands = DEPARTMENTS * CATEGORIES_EACH, max(n_items // 6, 1)
@@ -82,49 +94,49 @@ def write(folder: Path, n_users: int, n_items: int, seed: int) -> dict[str, int]
         pairs += [(user, item) for item in rng.permutation(taken)]
     kept = _core(np.array(pairs))
     if not len(kept):
-        raise ValueError(f"{n_users} users and {n_items} items leave nothing of a {CORE}-core: take more users")
-    splits: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+        raise SettingError(f"{n_users} users and {n_items} items leave nothing of a {CORE}-core: take more users")
     by_user = defaultdict(list)
     for user, item in kept.tolist():
         by_user[user].append(item)
+    splits: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
     for user, taken_by in by_user.items():
         share = max(1, round(len(taken_by) / 10))
         for place, item in enumerate(taken_by):
             split = "test" if place < share else "valid" if place < 2 * share else "train"
-            splits[split].append(f"u{user}\ti{item}")
+            splits[split].append((f"u{user}", f"i{item}"))
 
     # files
     items = np.unique(kept[:, 1])
-    folder.mkdir(parents=True)
     for split, rows in splits.items():
-        _write(folder / f"{folder.name}.{split}.inter", "user_id:token\titem_id:token", rows)
-    triples = [f"e{i}\t{relation}\t{relation}{of[i]}" for i in items for relation, of in
-               (("brand", brand), ("category", category))]  # fmt: skip
-    triples += [f"category{c}\tdepartment\tdepartment{c // CATEGORIES_EACH}" for c in range(n_categories)]
-    _write(folder / f"{folder.name}.kg", "head_id:token\trelation_id:token\ttail_id:token", triples)
-    _write(folder / f"{folder.name}.link", "item_id:token\tentity_id:token", [f"i{i}\te{i}" for i in items])
-    np.save(folder / "text.npy", text[items].astype(np.float32))
-    (folder / "items.txt").write_text("".join(f"i{i}\n" for i in items), encoding="utf-8")
-    return {"users": len(by_user), "items": len(items), "interactions": len(kept), "triples": len(triples)}
+        target.add_interactions(pd.DataFrame(rows, columns=[USER, ITEM]), split)
+    triples = [
+        (f"e{i}", relation, f"{relation}{of[i]}")
+        for i in items
+        for relation, of in (("brand", brand), ("category", category))
+    ]
+    triples += [(f"category{c}", "department", f"department{c // CATEGORIES_EACH}") for c in range(n_categories)]
+    target.add_triples(pd.DataFrame(triples, columns=[HEAD, RELATION, TAIL]))
+    target.add_links(pd.DataFrame({ITEM: [f"i{i}" for i in items], ENTITY: [f"e{i}" for i in items]}))
+    target.add_features({"text": (np.array([f"i{i}" for i in items], dtype=object), text[items].astype(np.float32))})
 
 
-def _write(path: Path, header: str, rows: list[str]) -> None:
-    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
-
-
-def main() -> None:
-    """Write a shop and print its counts."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.shop")
-    parser.add_argument("folder", type=Path, help="data set to write; its last part is the name")
-    parser.add_argument("--users", type=int, default=12_000)
-    parser.add_argument("--items", type=int, default=7_000)
-    parser.add_argument("--seed", type=int, default=1)
-    arguments = parser.parse_args()
+@click.command()
+@click.option("--out", type=Path, required=True, help="The folder of data sets.")
+@click.option("--name", default="shop", show_default=True, help="Name of the data set.")
+@click.option("--users", default=12_000, show_default=True, help="Users before the 5-core.")
+@click.option("--items", default=7_000, show_default=True, help="Items before the 5-core.")
+@click.option("--seed", default=1, show_default=True)
+@click.option("--force", is_flag=True, help="Replace a data set of that name.")
+def main(out: Path, name: str, users: int, items: int, seed: int, force: bool) -> None:
+    """Write a synthetic shop, whole or not at all."""
     try:
-        counts = write(arguments.folder, arguments.users, arguments.items, arguments.seed)
-    except ValueError as error:
-        parser.error(str(error))
-    print(", ".join(f"{count:,} {name}" for name, count in counts.items()))
+        with atomic_folder(out, name, force) as target:
+            write(target, users, items, seed)
+    except (DataError, SettingError) as error:
+        raise click.UsageError(str(error)) from error
+    interactions = sum(target.n_interactions.values())
+    counts = {"users": len(target.users), "items": len(target.items), "interactions": interactions}
+    print(", ".join(f"{count:,} {what}" for what, count in {**counts, "triples": target.n_triples}.items()))
 
 
 if __name__ == "__main__":

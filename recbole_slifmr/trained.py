@@ -155,7 +155,7 @@ class Trained:
             SettingError: if the model has none.
         """
         items = self.embeddings()[1]
-        return items[:, : self.model.size] if isinstance(self.model, SLIFMR) else items
+        return items[:, : self.model.embedding_size] if isinstance(self.model, SLIFMR) else items
 
     def _candidates(self) -> Iterator[tuple[Any, Any]]:
         model = self.model

@@ -151,7 +151,7 @@ def test_an_interrupted_run_leaves_the_old_file(tmp_path, kind):
 def test_similar_items_are_the_nearest_by_cosine(trained, capsys):
     done = slifmr(capsys, "recommend", "--checkpoint", trained(), "--similar-items=i4", "--k=5")
     model = load_trained(trained())
-    items = model.embeddings()[1].numpy()[1:, : model.model.size]  # without the coordinate of popularity
+    items = model.embeddings()[1].numpy()[1:, : model.model.embedding_size]  # without the coordinate of popularity
     assert items.shape[1] < model.embeddings()[1].shape[1]
     items = items / np.linalg.norm(items, axis=1, keepdims=True)
     own = model.item_ids(["i4"])[0] - 1
@@ -216,7 +216,7 @@ def test_explanations_are_what_the_files_and_the_graph_say(trained, capsys, buil
         torch.nn.functional.normalize(views.items, dim=2) if model.normalize_views else views.items, views.item_mask
     )
     edges = set(map(tuple, model.feedback_index.T.tolist()))
-    z = torch.nn.functional.normalize(model()[1][:, : model.size], dim=1).detach()
+    z = torch.nn.functional.normalize(model()[1][:, : model.embedding_size], dim=1).detach()
     learned = set(map(tuple, torch.stack([data.inter_feat["user_id"], data.inter_feat["item_id"]]).T.tolist()))
     # i -> e_i, whose only triple is (e_i, r, x_{i % 4}); i0 is not linked
     n_near = n_shared = 0

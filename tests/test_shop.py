@@ -1,22 +1,28 @@
 """The synthetic shop of the benchmarks: a sparse set on which content says something."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 
 from benchmarks import shop
-from recbole_slifmr.paths import ROOT
+from recbole_slifmr.data.convert.target import SPLITS
 
-SPLITS = ("train", "valid", "test")
+
+def make(out, *options):
+    return CliRunner().invoke(shop.main, [f"--out={out}", "--name=little", *options])
+
+
+SMALL = ("--users=400", "--items=150", "--seed=3")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shops") / "little"
-    return folder, shop.write(folder, n_users=400, n_items=150, seed=3)
+    out = tmp_path_factory.mktemp("shops")
+    done = make(out, *SMALL)
+    assert done.exit_code == 0
+    words = done.output.replace(",", "").split()
+    return out / "little", {name: int(count) for count, name in zip(words[::2], words[1::2], strict=True)}
 
 
 def table(folder, kind):
@@ -54,31 +60,28 @@ def test_what_a_user_takes_is_alike(made):
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     row = {item: k for k, item in enumerate((folder / "items.txt").read_text().split())}
     taken = table(folder, "train.inter").groupby("user_id:token")["item_id:token"]
-    alike = np.mean([(text[rows] @ text[rows].T).mean() for rows in ([row[i] for i in items] for _, items in taken)])
-    shuffled = np.random.default_rng(0).permutation(text)
-    chance = np.mean(
-        [(shuffled[rows] @ shuffled[rows].T).mean() for rows in ([row[i] for i in items] for _, items in taken)]
-    )
+    taken = [[row[item] for item in items] for _, items in taken]
+
+    def likeness(vectors):
+        return np.mean([(vectors[rows] @ vectors[rows].T).mean() for rows in taken])
+
+    alike, chance = likeness(text), likeness(np.random.default_rng(0).permutation(text))
     assert alike > chance + 0.03
 
 
 def test_a_seed_gives_one_shop_and_another_seed_another(made, tmp_path):
     folder, _ = made
+    assert make(tmp_path / "a", *SMALL).exit_code == make(tmp_path / "b", *SMALL[:2], "--seed=4").exit_code == 0
     again, other = tmp_path / "a" / "little", tmp_path / "b" / "little"
-    shop.write(again, n_users=400, n_items=150, seed=3)
-    shop.write(other, n_users=400, n_items=150, seed=4)
     files = sorted(path.name for path in folder.iterdir())
     assert [(again / name).read_bytes() for name in files] == [(folder / name).read_bytes() for name in files]
     assert not table(folder, "train.inter").equals(table(other, "train.inter"))
 
 
-@pytest.mark.parametrize(
-    "arguments, message", [(["--users=3", "--items=50"], "take more users"), ([], "is there already")]
-)
-def test_what_cannot_be_is_said_in_one_line(made, tmp_path, arguments, message):
-    folder = tmp_path / "new" if arguments else made[0]
-    command = [sys.executable, "-m", "benchmarks.shop", str(folder), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "new").exists()
+def test_what_cannot_be_is_said_in_one_line(made, tmp_path):
+    for out, options, message in ((tmp_path, ("--users=3", "--items=50"), "take more users"),
+                                  (made[0].parent, (), "is there already")):  # fmt: skip
+        done = make(out, *options)
+        assert done.exit_code == 2
+        assert message in done.output.splitlines()[-1]
+    assert not any(tmp_path.iterdir())

@@ -284,7 +284,7 @@ def test_popularity_has_a_learned_part_in_the_score_where_users_have_few_interac
     assert model.popularity_weight.grad is None
     after.bpr.backward()
     assert model.popularity_weight.grad != 0
-    users, fused = (part[:, : model.size].detach() for part in model())
+    users, fused = (part[:, : model.embedding_size].detach() for part in model())
     scores = users @ fused.T + 0.7 * popularity
     torch.testing.assert_close(all_scores(run)[:, 1:], scores[1:, 1:])
     torch.testing.assert_close(after.bpr, loss.bpr_loss(scores[user, pos], scores[user, neg]))
@@ -292,7 +292,9 @@ def test_popularity_has_a_learned_part_in_the_score_where_users_have_few_interac
     assert after.bpr != before.bpr
 
     model.load_other_parameter(None)
-    torch.testing.assert_close(model._final_embeddings()[1][:, : model.size], plain[1][:, : model.size])
+    torch.testing.assert_close(
+        model._final_embeddings()[1][:, : model.embedding_size], plain[1][:, : model.embedding_size]
+    )
     assert model.refresh_graphs() == refreshed._replace(turnover=1.0)
     assert torch.equal(model.feedback_index, edges), "neighbours are those of the fused items"
 
@@ -318,7 +320,7 @@ def test_popularity_has_no_part_on_dense_data_or_switched_off(tiny, build, setti
     model = build(tiny, **settings).model
     assert model.popularity is None
     assert "popularity_weight" not in model.state_dict()
-    assert [part.shape[1] for part in model()] == [model.size, model.size]
+    assert [part.shape[1] for part in model()] == [model.embedding_size] * 2
 
 
 def test_a_cold_item_counts_as_popular_as_the_others_are_on_average(tiny, build):

@@ -8,8 +8,9 @@ graph and encoder (``encoder.py``); attentive fusion makes one representation of
 the k nearest neighbours among the fused items go back into all three graphs (:meth:`SLIFMR.refresh_graphs`). The loss:
 
 .. math::
-    L = \mathrm{BPR}(z) + w_{inter} L_{inter} + w_{intra} L_{intra} + \lambda \|E\|^2 .
+    L = \mathrm{BPR}(s) + w_{inter} L_{inter} + w_{intra} L_{intra} + \lambda \|E\|^2 .
 
+Scores :math:`s_{ui}` are inner products of the fused :math:`z`; on sparse data popularity has a part in them.
 Where the paper leaves a choice open, ``docs/method.md`` says what was chosen and why.
 """
 
@@ -101,7 +102,7 @@ class SLIFMR(EmbeddingRecommender):
         super().__init__(config, dataset)
         # settings
         _check_ranges(config)
-        self.size = size = int(config["embedding_size"])
+        self.embedding_size = size = int(config["embedding_size"])
         self.reg_weight: float = config["reg_weight"]
         self.refresh_k: int = config["refresh_k"]
         self.knn_search = _choice(config, "knn_search", KNN_SEARCHES)
@@ -283,11 +284,10 @@ class SLIFMR(EmbeddingRecommender):
         """Return the terms of the loss for a batch of (user, positive item, negative item)."""
         self.clear_cache()
         user, pos, neg = self.batch_ids(interaction)
-        user_views, item_views, user_mask, item_mask = self.encode(user, torch.cat([pos, neg]))
+        items = torch.cat([pos, neg])
+        user_views, item_views, user_mask, item_mask = self.encode(user, items)
         fused = self.fuse(self.item_fusion, item_views, item_mask)
-        z_user, z_item = self._add_popularity(
-            self.fuse(self.user_fusion, user_views, user_mask), fused, torch.cat([pos, neg])
-        )
+        z_user, z_item = self._add_popularity(self.fuse(self.user_fusion, user_views, user_mask), fused, items)
         z_pos, z_neg = z_item.split([len(pos), len(neg)])
         pos_views, pos_mask = item_views[: len(pos)], item_mask[: len(pos)]
 
@@ -333,7 +333,7 @@ class SLIFMR(EmbeddingRecommender):
 
         Blended with the *initial* graphs each time. Parameters, gradients and random states are left alone.
         """
-        items = self._final_embeddings()[1][:, : self.size]
+        items = self._final_embeddings()[1][:, : self.embedding_size]
         mask = torch.ones(self.n_items, dtype=torch.bool, device=items.device)
         mask[0] = False
         index = knn_graph(items, self.refresh_k, mask, search=self.knn_search)
@@ -387,7 +387,7 @@ class SLIFMR(EmbeddingRecommender):
         self.train(training)
         return {
             "homogenisation": homogenisation(views.items[1:], views.item_mask[1:]),
-            "smoothing": smoothing(self._final[1][1:, : self.size]),
+            "smoothing": smoothing(self._final[1][1:, : self.embedding_size]),
         }
 
 
