@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recbole_slifmr.graph import Edges, knn_graph, unique_edges
-from recbole_slifmr.sparse import SparseMatrix
+from recbole_slifmr.nn.graph import Edges, knn_graph, unique_edges
+from recbole_slifmr.nn.sparse import SparseMatrix
 
 REPEATS = 5
 COPIED = 256 * 2**20  # bytes

@@ -45,7 +45,7 @@ def main(items: str, size: int, k: int, threads: int, out: str) -> None:
 
 def measure(job: Sequence[Any]) -> dict[str, float]:
     """Return seconds, recall and memory (MB) of a search among clustered representations."""
-    from recbole_slifmr.graph import knn_graph, knn_recall
+    from recbole_slifmr.nn.graph import knn_graph, knn_recall
 
     n, size, k, search, threads = job
     torch.set_num_threads(threads)

@@ -23,7 +23,7 @@ from recbole.trainer import KGATTrainer
 from recbole.utils import KGDataLoaderState, get_model, get_trainer, init_seed
 
 from benchmarks import floor
-from recbole_slifmr.experiment import bad_input, make_config
+from recbole_slifmr.host.settings import bad_input, make_config
 
 STEP_PHASES = ("sampling", "forward", "backward", "optimiser")
 WARM_UP = 3

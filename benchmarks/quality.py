@@ -42,7 +42,8 @@ def train(training: Training) -> dict[str, Any]:
         DataError, SettingError: for data or settings that cannot be used.
     """
     from benchmarks.measure import scratch
-    from recbole_slifmr.experiment import make_config, prepare
+    from recbole_slifmr.host.settings import make_config
+    from recbole_slifmr.training.experiment import prepare
 
     settings = {"seed": training.seed, "eval_step": 1, "show_progress": False, "state": "ERROR", **training.settings}
     curve: list[tuple[int, float, float]] = []

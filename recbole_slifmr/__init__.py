@@ -10,6 +10,8 @@ except ImportError as error:
         "no longer installs: pip install --no-deps recbole==1.2.1"
     ) from error
 
+from recbole_slifmr.moved import redirect as _redirect
 from recbole_slifmr.plugin import register as _register
 
+_redirect()
 _register()

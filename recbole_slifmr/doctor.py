@@ -18,10 +18,11 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from recbole_slifmr import __version__, compat
-from recbole_slifmr.experiment import make_config
+from recbole_slifmr import __version__
+from recbole_slifmr.host import compat
+from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.model import MODELS
 from recbole_slifmr.paths import DATASETS, IN_CHECKOUT, PROPERTIES, ROOT
-from recbole_slifmr.plugin import MODELS
 
 RECBOLE = "recbole==1.2.1"
 # The modules not named like their package

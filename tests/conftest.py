@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import recbole_slifmr  # noqa: F401  registers the models
-from recbole_slifmr.experiment import make_config
+from recbole_slifmr.host.settings import make_config
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 QUIET = {

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from recbole_slifmr.callback import Callback
-from recbole_slifmr.experiment import fingerprint
+from recbole_slifmr.training.callback import Callback
+from recbole_slifmr.training.experiment import fingerprint
 
 
 class Probe(Callback):

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from recbole_slifmr import plugin
 from recbole_slifmr.data.features import ItemFeatures
 from recbole_slifmr.errors import DataError, SettingError
-from recbole_slifmr.graph import sample_interactions
-from recbole_slifmr.loss import bpr_loss
 from recbole_slifmr.model.freedom import frozen_graph
 from recbole_slifmr.model.lattice import ModalityGraph, similarity_graph
+from recbole_slifmr.nn.graph import sample_interactions
+from recbole_slifmr.nn.loss import bpr_loss
 
 BASELINES = ("LATTICE", "VBPR", "FREEDOM", "BM3")
 

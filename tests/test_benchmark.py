@@ -14,12 +14,12 @@ from recbole.data.dataset import Dataset
 from recbole.quick_start import run_recbole
 from scipy import stats
 
-from recbole_slifmr import report, runs
-from recbole_slifmr.benchmark import benchmark, make_plan
 from recbole_slifmr.errors import DataError, SettingError
-from recbole_slifmr.evaluation import evaluate, item_groups, mask_training_items_only
-from recbole_slifmr.experiment import fingerprint
-from recbole_slifmr.page import write_page
+from recbole_slifmr.study import runs, statistics, tables
+from recbole_slifmr.study.benchmark import benchmark, make_plan
+from recbole_slifmr.study.page import write_page
+from recbole_slifmr.training.evaluation import evaluate, item_groups, mask_training_items_only
+from recbole_slifmr.training.experiment import fingerprint
 
 SETTINGS = {"epochs": 2, "topk": [5, 10], "train_batch_size": 64, "valid_metric": "Recall@10"}
 
@@ -129,7 +129,7 @@ def test_lightgcn_is_recbole_s_lightgcn(folder, monkeypatch):
     plain = run_recbole("LightGCN", "tiny", config_dict=dict(settings))
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    from recbole_slifmr.experiment import run
+    from recbole_slifmr.training.experiment import run
 
     ours = run("LightGCN", "tiny", settings=settings)
     assert ours.test == dict(plain["test_result"]) and ours.valid == dict(plain["best_valid_result"])
@@ -139,9 +139,9 @@ def test_lightgcn_is_recbole_s_lightgcn(folder, monkeypatch):
 
 
 def test_holm_by_hand():
-    assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert report.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-    assert report.holm([]) == []
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert statistics.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert statistics.holm([]) == []
 
 
 def users_table():
@@ -157,7 +157,7 @@ def users_table():
 
 def test_comparisons_are_paired_over_users_and_corrected():
     users = users_table()
-    found = {c.model: c for c in report.compare(users, "recall@20", "SLIFMR")}
+    found = {c.model: c for c in statistics.compare(users, "recall@20", "SLIFMR")}
     means = users.pivot_table(index="user", columns="model", values="recall@20")
     raw = [stats.wilcoxon(means["SLIFMR"] - means[m]).pvalue for m in ("A", "B")]
     assert found["A"].p_wilcoxon == pytest.approx(min(1, 2 * raw[0]))
@@ -168,14 +168,14 @@ def test_comparisons_are_paired_over_users_and_corrected():
 def test_a_model_equal_to_the_reference_is_no_different():
     users = users_table()
     twin = users[users.model == "SLIFMR"].assign(model="twin")
-    found = report.compare(pd.concat([users, twin]), "recall@20", "SLIFMR")
+    found = statistics.compare(pd.concat([users, twin]), "recall@20", "SLIFMR")
     assert next(c for c in found if c.model == "twin").p_wilcoxon == 1.0
 
 
 def test_improvement_is_over_the_best_other_model_with_an_interval():
     users = users_table()
     means = users.groupby("model")["recall@20"].mean()
-    gain = report.improvement(users, "recall@20", "SLIFMR")
+    gain = statistics.improvement(users, "recall@20", "SLIFMR")
     assert gain.best == "B"
     assert gain.relative == pytest.approx(means["SLIFMR"] / means["B"] - 1)
     assert gain.low < gain.relative < gain.high
@@ -185,15 +185,15 @@ def test_the_table_marks_best_second_and_significant():
     runs = pd.DataFrame({"model": ["SLIFMR", "SLIFMR", "A", "B"], "seed": [1, 2, 1, 1],
                          "test_recall@20": [0.30, 0.32, 0.10, 0.20],
                          "test_giniindex@20": [0.5, 0.5, 0.4, 0.9]})  # fmt: skip
-    table = report.cells(
-        report.summarise(runs), ["recall@20", "giniindex@20"],
-        {"recall@20": [report.Comparison("A", 0.2, 0.001, 0.2), report.Comparison("B", 0.1, 0.03, 0.2)]},
+    table = tables.cells(
+        statistics.summarise(runs), ["recall@20", "giniindex@20"],
+        {"recall@20": [statistics.Comparison("A", 0.2, 0.001, 0.2), statistics.Comparison("B", 0.1, 0.03, 0.2)]},
     )  # fmt: skip
-    text = report.markdown(["SLIFMR", "A", "B"], ["recall@20", "giniindex@20"], table, "caption")
+    text = tables.markdown(["SLIFMR", "A", "B"], ["recall@20", "giniindex@20"], table, "caption")
     assert "| SLIFMR | **0.3100** ± 0.0141 | <u>0.5000</u> ± 0.0000 |" in text
     assert r"| A | 0.1000\*\* | **0.4000** |" in text, "a smaller Gini index is better"
     assert r"| B | <u>0.2000</u>\* | 0.9000 |" in text
-    tex = report.latex(["SLIFMR", "A", "B"], ["recall@20"], table, "50% & more_")
+    tex = tables.latex(["SLIFMR", "A", "B"], ["recall@20"], table, "50% & more_")
     assert r"\textbf{0.3100}" in tex and r"\underline{0.2000}$^{*}$" in tex and r"50\% \& more\_" in tex
     assert r"\toprule" in tex
 
@@ -325,7 +325,7 @@ def test_tuned_settings_come_from_files_and_are_told(folder):
     plan = plan_of(folder, ["SLIFMR", "BPR", "LightGCN"], params=params)
     assert plan.tuned == {"SLIFMR": 12, "BPR": None}
     by_model = {task.model: task for task in plan.tasks}
-    from recbole_slifmr.experiment import make_config
+    from recbole_slifmr.host.settings import make_config
 
     assert make_config(**by_model["SLIFMR"].arguments)["refresh_k"] == 3
     assert by_model["LightGCN"].config_files == ()

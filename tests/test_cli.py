@@ -9,8 +9,8 @@ import torch
 from conftest import write_tiny
 
 from recbole_slifmr.cli import door
-from recbole_slifmr.cli.settings import parse_settings
 from recbole_slifmr.errors import SettingError
+from recbole_slifmr.host.settings import parse_settings
 from recbole_slifmr.paths import ROOT
 
 FAST = ["--epochs=1", "--show_progress=False", "--topk=[5]", "--valid_metric=Recall@5"]
@@ -151,7 +151,7 @@ def test_a_run_resumed_from_the_shell_ends_as_the_uninterrupted_one(work):
 def test_resuming_from_another_model_is_refused(work, monkeypatch, capsys):
     """LightGCN and BPR have parameters of the same names and sizes."""
     monkeypatch.chdir(work)
-    from recbole_slifmr.experiment import run
+    from recbole_slifmr.training.experiment import run
 
     settings = {"epochs": 1, "topk": [5], "show_progress": False, "state": "ERROR"}
     checkpoint = run("BPR", "tiny", settings=settings).checkpoint
@@ -161,7 +161,7 @@ def test_resuming_from_another_model_is_refused(work, monkeypatch, capsys):
 
 def test_resuming_a_finished_run_is_refused(work, monkeypatch, capsys):
     monkeypatch.chdir(work)
-    from recbole_slifmr.experiment import run
+    from recbole_slifmr.training.experiment import run
 
     settings = {"epochs": 1, "topk": [5], "show_progress": False, "state": "ERROR"}
     checkpoint = run("SLIFMR", "tiny", settings=settings).checkpoint
@@ -185,7 +185,7 @@ def test_a_split_without_validation_or_test_still_ends_in_a_table(work, monkeypa
 def test_a_run_keeps_the_log_handlers_of_its_caller(work, monkeypatch):
     import logging
 
-    from recbole_slifmr.experiment import run
+    from recbole_slifmr.training.experiment import run
 
     monkeypatch.chdir(work)
     mine = logging.StreamHandler()

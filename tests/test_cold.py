@@ -12,9 +12,10 @@ from recbole.data.dataset import KnowledgeBasedDataset
 from recbole_slifmr.data.cold import can_score_cold, choose_items, is_cold
 from recbole_slifmr.data.dataset import SLIFMRDataset
 from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
-from recbole_slifmr.evaluation import evaluate
-from recbole_slifmr.experiment import fingerprint, load_data, make_config
+from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.paths import DATASETS, ROOT
+from recbole_slifmr.training.evaluation import evaluate
+from recbole_slifmr.training.experiment import fingerprint, load_data
 
 FEATURE_MODELS = ("SLIFMR", "LATTICE", "FREEDOM", "VBPR")
 

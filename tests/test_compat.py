@@ -31,7 +31,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-COMPAT = Path(__file__).resolve().parents[1] / "recbole_slifmr" / "compat.py"
+COMPAT = Path(__file__).resolve().parents[1] / "recbole_slifmr" / "host" / "compat.py"
 GRAPH_MODELS = ("LightGCN", "NGCF", "NCL", "GCMC", "SpectralCF", "KGIN", "MCCLK")
 MODELS = ("BPR", "SGL", "CKE", "CFKG", "KGCN", "KGAT", "EASE", "ItemKNN", *GRAPH_MODELS)
 CHECKS: dict[str, Callable[[], None]] = {}

@@ -8,7 +8,7 @@ import torch
 from conftest import all_scores, batch_of, write_table
 from recbole.data.interaction import Interaction
 
-from recbole_slifmr.plugin import MODELS
+from recbole_slifmr.model import MODELS
 
 
 @pytest.fixture(params=MODELS)

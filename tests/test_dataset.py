@@ -10,7 +10,7 @@ from recbole.utils import init_seed
 
 from recbole_slifmr.data.dataset import SLIFMRDataset
 from recbole_slifmr.errors import DataError
-from recbole_slifmr.experiment import make_config
+from recbole_slifmr.host.settings import make_config
 
 
 def dataset_of(folder, model="SLIFMR", **settings):

@@ -16,9 +16,10 @@ from recbole.trainer import Trainer
 from recbole.utils import get_trainer
 
 from recbole_slifmr.cli import door
-from recbole_slifmr.distributed import launch, rank_and_count
 from recbole_slifmr.errors import DataError, ProcessError
-from recbole_slifmr.experiment import make_config, prepare
+from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.training.distributed import launch, rank_and_count
+from recbole_slifmr.training.experiment import prepare
 
 N_USERS = 21  # odd: two shares of evaluation differ in size
 SETTINGS = {**QUIET, "prune_ratio": 0.3, "metrics": ["Recall", "NDCG", "ItemCoverage"], "epochs": 3}

@@ -5,9 +5,10 @@ import json
 import pytest
 from packaging.requirements import Requirement
 
-from recbole_slifmr import compat, doctor
+from recbole_slifmr import doctor
 from recbole_slifmr.cli import main
 from recbole_slifmr.doctor import ABSENT, BROKEN, OK, check_folder, check_package, examine
+from recbole_slifmr.host import compat
 
 
 def run(*arguments):

@@ -12,8 +12,9 @@ from conftest import QUIET, write_table
 from recbole_slifmr.data.features import load_features
 from recbole_slifmr.data.vectors import ItemFile
 from recbole_slifmr.errors import DataError, SettingError
-from recbole_slifmr.experiment import make_config, prepare
-from recbole_slifmr.plugin import MODELS
+from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.model import MODELS
+from recbole_slifmr.training.experiment import prepare
 
 TOKENS = ["a", "b", "7", "é"]
 IDS = {"[PAD]": 0, "7": 1, "é": 2, "c": 3, "a": 4, "b": 5}  # c has no row

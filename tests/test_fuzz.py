@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from recbole.data import create_dataset
 
 from recbole_slifmr.errors import DataError, SettingError
-from recbole_slifmr.experiment import make_config
+from recbole_slifmr.host.settings import make_config
 
 HEADER = 128  # bytes of a .npy file before its numbers
 TABLES = ("tiny.inter", "tiny.kg", "tiny.link")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from recbole_slifmr.graph import (
+from recbole_slifmr.nn.graph import (
     Edges,
     blend,
     edge_turnover,
@@ -19,7 +19,7 @@ from recbole_slifmr.graph import (
     sum_edges,
     unique_edges,
 )
-from recbole_slifmr.sparse import SparseMatrix
+from recbole_slifmr.nn.sparse import SparseMatrix
 
 
 def dense(edges: Edges, shape):

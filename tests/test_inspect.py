@@ -8,7 +8,8 @@ from conftest import QUIET, write_table
 
 from recbole_slifmr.cli import main
 from recbole_slifmr.data.survey import co_consumption_auc, remarks, survey
-from recbole_slifmr.experiment import load_data, make_config
+from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.training.experiment import load_data
 
 
 def survey_of(folder, **settings):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from recbole_slifmr.layers import FUSIONS, Fusion, light_propagation, unit
+from recbole_slifmr.nn.layers import FUSIONS, Fusion, light_propagation, unit
 
 
 def test_light_propagation_averages_the_layers():

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from recbole_slifmr.diagnostics import homogenisation, smoothing
-from recbole_slifmr.loss import (
+from recbole_slifmr.nn.diagnostics import homogenisation, smoothing
+from recbole_slifmr.nn.loss import (
     alignment_uniformity,
     bpr_loss,
     collision_mask,

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from recbole_slifmr.memory import keep_freed_memory
+from recbole_slifmr.training.memory import keep_freed_memory
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 
@@ -21,7 +21,7 @@ def test_freed_blocks_stay_with_the_process_once_asked_for():
     code = """
 import sys, torch
 from pathlib import Path
-from recbole_slifmr.memory import keep_freed_memory
+from recbole_slifmr.training.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 before = int(Path("/proc/self/statm").read_text().split()[1])

@@ -8,10 +8,11 @@ import torch
 from conftest import QUIET, write_table
 from recbole.data import create_dataset
 
-from recbole_slifmr import runs
 from recbole_slifmr.data.noise import KINDS, Noise, draw_interactions, drop_interactions, reads
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
-from recbole_slifmr.experiment import load_data, make_config, prepare
+from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.study import runs
+from recbole_slifmr.training.experiment import load_data, prepare
 
 
 def config_of(folder, noise, model="SLIFMR", **settings):

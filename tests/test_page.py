@@ -12,10 +12,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from recbole_slifmr import plots, report
 from recbole_slifmr.cli import main
 from recbole_slifmr.errors import DataError, SettingError
-from recbole_slifmr.page import MAX_ROWS, write_page
+from recbole_slifmr.study import plots, statistics, tables
+from recbole_slifmr.study.page import MAX_ROWS, write_page
 
 EVIL = """<script>document.title = "owned"</script><img src=x onerror='document.title = "owned"'>"""
 
@@ -64,9 +64,9 @@ def write_study(folder, name="noise_ratio", model="SLIFMR"):
             for seed in (2020, 2021)
         ]
     )
-    summary = report.summarise(runs)
-    cells = report.cells(summary, ["recall@20"], {})
-    text = report.markdown(list(summary.index), ["recall@20"], cells, "The caption.")
+    summary = statistics.summarise(runs)
+    cells = tables.cells(summary, ["recall@20"], {})
+    text = tables.markdown(list(summary.index), ["recall@20"], cells, "The caption.")
     (folder / "table.md").write_text(text, encoding="utf-8")
     runs.to_csv(folder / "results.csv", index=False)
     plots.plot_bars(folder / "bars.png", summary.set_axis(["a", "b", "c"]), ["recall@20"])

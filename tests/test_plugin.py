@@ -13,11 +13,12 @@ from recbole.utils import ModelType, get_model, get_trainer
 
 from recbole_slifmr.data.dataset import SLIFMRDataset
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
-from recbole_slifmr.experiment import make_config
+from recbole_slifmr.host.settings import make_config, unknown_settings
+from recbole_slifmr.model import MODELS
 from recbole_slifmr.model.slifmr import SLIFMR
 from recbole_slifmr.paths import PROPERTIES
-from recbole_slifmr.plugin import MODELS, register, unknown_settings
-from recbole_slifmr.trainer import SLIFMRTrainer
+from recbole_slifmr.plugin import register
+from recbole_slifmr.training.trainer import SLIFMRTrainer
 
 
 def run_python(code, *arguments, **kwargs):
@@ -93,7 +94,7 @@ def test_every_yaml_says_what_each_setting_is_and_is_known(path):
 def test_every_setting_of_a_model_has_a_yaml_entry(model):
     import inspect
 
-    from recbole_slifmr.plugin import _look_ups
+    from recbole_slifmr.host.settings import _look_ups
 
     settings = yaml.safe_load((PROPERTIES / "model" / f"{model}.yaml").read_text())
     read = _look_ups(inspect.getsource(inspect.getmodule(get_model(model))))
@@ -240,52 +241,74 @@ def test_without_recbole_the_import_says_how_to_install_it(tmp_path):
 
 # -- structure -------------------------------------------------------------------------------------------------------
 
-LAYERS = [
-    {"errors", "files", "paths"},
-    {"page"},
-    {"checkpoint", "compat", "diagnostics", "distributed", "graph", "layers", "loss", "memory", "plots", "report"},
-    {"space", "sparse"},
-    {"encoder", "data"},
-    {"model", "callback"},
-    {"trainer"},
-    {"plugin", "evaluation"},
-    {"experiment"},
-    {"runs", "search", "trained", "doctor"},
-    {"trial", "outcome", "benchmark", "recommend", "export"},
-    {"tune", "study", "explain"},
+ROOMS = [  # a room imports from itself and from those before it
+    {"errors", "files", "paths", "moved"},
+    {"nn"},
+    {"data"},
+    {"model"},
+    {"host"},
+    {"training"},
+    {"plugin", "doctor", "study", "serve"},
+    {"search"},
     {"cli"},
 ]
-PURE = ("graph", "layers", "loss", "diagnostics", "encoder", "space", "sparse")
+PURE = ("nn", "errors", "files", "paths")
 
 
-def _imports(path):
+def _imports(package):
+    """Return, by module of the package, the modules that it imports, within functions too."""
     import ast
 
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+    modules = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found = {}
+    for module, path in modules.items():
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                names |= {name if name in modules else node.module for name in full}
+        found[module] = names
+    return found
 
 
 def test_ray_is_imported_where_many_runs_are_run_and_nowhere_else():
-    package = Path(sys.modules["recbole_slifmr"].__file__).parent
-    users = {path.stem for path in package.rglob("*.py") for name in _imports(path) if name.split(".")[0] == "ray"}
-    assert users == {"runs", "tune"}
+    imports = _imports(Path(sys.modules["recbole_slifmr"].__file__).parent)
+    users = {module for module, names in imports.items() if any(name.split(".")[0] == "ray" for name in names)}
+    assert users == {"recbole_slifmr.study.runs", "recbole_slifmr.search.tune"}
 
 
 def test_imports_point_one_way():
-    package = Path(sys.modules["recbole_slifmr"].__file__).parent
-    level = {name: i for i, names in enumerate(LAYERS) for name in names}
-    typing_only = {("callback", "trainer")}
-    for path in package.rglob("*.py"):
-        own = path.relative_to(package).parts[0].removesuffix(".py")
-        if own == "__init__":
-            continue
-        for name in _imports(path):
-            if own in PURE:
-                assert not name.startswith("recbole."), f"{path.name} imports {name}: it is pure"
+    imports = _imports(Path(sys.modules["recbole_slifmr"].__file__).parent)
+    level = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}
+    for module, names in imports.items():
+        own = [*module.split("."), ""][1]
+        for name in names if own else ():
+            assert own not in PURE or not name.startswith("recbole."), f"{module} imports {name}: it is pure"
             if name.startswith("recbole_slifmr."):
-                other = name.split(".")[1]
-                if (own, other) not in typing_only:
-                    assert level[other] <= level[own], f"{path.name} imports {name}"
+                assert level[name.split(".")[1]] <= level[own], f"{module} imports {name}"
+
+
+def test_no_module_imports_itself_through_others():
+    from graphlib import TopologicalSorter
+
+    imports = _imports(Path(sys.modules["recbole_slifmr"].__file__).parent)
+    TopologicalSorter({module: names - {"recbole_slifmr"} for module, names in imports.items()}).prepare()
+
+
+@pytest.mark.parametrize("old, new", [("callback", "training"), ("benchmark", "study"), ("tune", "search")])
+def test_an_old_import_path_gives_the_moved_module_and_warns(old, new):
+    done = run_python(
+        "import sys, warnings; warnings.simplefilter('ignore'); import recbole_slifmr, importlib\n"
+        "warnings.simplefilter('error', DeprecationWarning)\n"
+        f"try: import recbole_slifmr.{old}\n"
+        "except DeprecationWarning as w: print(w)\n"
+        "warnings.simplefilter('ignore')\n"
+        f"import recbole_slifmr.{old} as old, recbole_slifmr.{new}.{old} as new; print(old is new)"
+    )
+    path = f"recbole_slifmr.{old}"
+    assert done.stdout.splitlines() == [f"{path} has moved to recbole_slifmr.{new}.{old}", "True"], done.stderr

@@ -3,7 +3,8 @@
 import pytest
 from recbole.data import create_dataset
 
-from recbole_slifmr.experiment import make_config, run
+from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.training.experiment import run
 
 COUNTS = {
     "lastfm-mm": {"users": 1858, "items": 1425, "split": (44_327, 4_799, 7_219), "linked": 856,

@@ -17,10 +17,10 @@ import pytest
 import torch
 from conftest import QUIET, all_scores, write_tiny
 
-from recbole_slifmr import recommend
 from recbole_slifmr.cli import main
-from recbole_slifmr.experiment import run
-from recbole_slifmr.trained import load_trained
+from recbole_slifmr.serve import recommend
+from recbole_slifmr.serve.trained import load_trained
+from recbole_slifmr.training.experiment import run
 
 
 def slifmr(capsys, *arguments):

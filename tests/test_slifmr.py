@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from conftest import all_scores, batch_of
 
-from recbole_slifmr import loss
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.graph import knn_graph, unique_edges
+from recbole_slifmr.nn import loss
+from recbole_slifmr.nn.graph import knn_graph, unique_edges
 from recbole_slifmr.paths import ROOT
 
 EVERYTHING = {"feature_gate": True, "prune_ratio": 0.2, "eta_interaction": 0.2, "reg_weight": 0.01}

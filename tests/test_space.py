@@ -7,11 +7,11 @@ import optuna
 import pytest
 import yaml
 
-from recbole_slifmr import space as spaces
 from recbole_slifmr.errors import SettingError
+from recbole_slifmr.model import MODELS
 from recbole_slifmr.paths import PROPERTIES
-from recbole_slifmr.plugin import MODELS
-from recbole_slifmr.search import make_search
+from recbole_slifmr.search import space as spaces
+from recbole_slifmr.search.plan import make_search
 
 SPACE = """
 learning_rate: {loguniform: [1e-4, 1e-2]}

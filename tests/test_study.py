@@ -9,17 +9,17 @@ import pytest
 import yaml
 from conftest import write_tiny
 
-from recbole_slifmr import report
-from recbole_slifmr.benchmark import Variant, benchmark, make_plan, make_tasks
-from recbole_slifmr.callback import Callback
 from recbole_slifmr.cli import main
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.experiment import load_data, make_config, run
+from recbole_slifmr.host.settings import make_config, unknown_settings
 from recbole_slifmr.paths import PROPERTIES
-from recbole_slifmr.plugin import unknown_settings
-from recbole_slifmr.runs import read_result
+from recbole_slifmr.study import statistics
+from recbole_slifmr.study.benchmark import Variant, benchmark, make_plan, make_tasks
 from recbole_slifmr.study.outputs import relative_losses, run_study, write_data
 from recbole_slifmr.study.plan import make_study, read_study, study_names
+from recbole_slifmr.study.runs import read_result
+from recbole_slifmr.training.callback import Callback
+from recbole_slifmr.training.experiment import load_data, run
 
 SETTINGS = {"epochs": 2, "topk": [5, 10], "train_batch_size": 64, "valid_metric": "Recall@10"}
 
@@ -95,7 +95,7 @@ def test_other_defaults_make_a_run_unfinished(folder, monkeypatch):
     task = study_of(folder).tasks[0]
     before = task.key()
     shutil.copytree(PROPERTIES, folder / "properties")
-    monkeypatch.setattr("recbole_slifmr.runs.PROPERTIES", folder / "properties")
+    monkeypatch.setattr("recbole_slifmr.study.runs.PROPERTIES", folder / "properties")
     assert task.key() == before
     with (folder / "properties/model/SLIFMR.yaml").open("a") as file:
         file.write("n_layers: 7\n")
@@ -265,14 +265,14 @@ def test_the_difference_in_loss_by_hand():
     users = pd.concat(
         pd.DataFrame({"user": range(200), "model": title, "seed": 1, "m": values}) for title, values in scores.items()
     )
-    difference, low, high = report.loss_difference(users, "m", ("B 0", "B 1"), ("A 0", "A 1"))
+    difference, low, high = statistics.loss_difference(users, "m", ("B 0", "B 1"), ("A 0", "A 1"))
     assert difference == pytest.approx(0.2) and low == pytest.approx(0.2) and high == pytest.approx(0.2)
-    assert report.loss_difference(users, "m", ("B 0", "C"), ("A 0", "A 1")) is None
+    assert statistics.loss_difference(users, "m", ("B 0", "C"), ("A 0", "A 1")) is None
 
 
 def test_a_callback_of_its_own_kind_has_no_trace(folder, monkeypatch):
     hooks = {name: lambda *args: {} for name, hook in vars(Callback).items() if callable(hook)}
-    monkeypatch.setattr("recbole_slifmr.trainer.load_callback", lambda path: type("Own", (), hooks)())
+    monkeypatch.setattr("recbole_slifmr.training.trainer.load_callback", lambda path: type("Own", (), hooks)())
     result = run("SLIFMR", "tiny", settings={**SETTINGS, "data_path": str(folder), "callbacks": ["a:B"], "epochs": 1})
     assert set(result.traces) == {"diagnostics", "refreshes"}
 

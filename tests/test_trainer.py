@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import all_scores
 
-from recbole_slifmr.callback import Callback, SelfLoopCallback
 from recbole_slifmr.errors import SettingError
+from recbole_slifmr.training.callback import Callback, SelfLoopCallback
 
 
 class Recorder(Callback):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import QUIET, write_table
 
-from recbole_slifmr.experiment import make_config, run
-from recbole_slifmr.trial import CHECKPOINT, load_trial_data, run_trial
+from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.search.trial import CHECKPOINT, load_trial_data, run_trial
+from recbole_slifmr.training.experiment import run
 
 SETTINGS = {**QUIET, "epochs": 4, "valid_metric": "NDCG@5"}  # Recall@10 of 15 items says little
 MODELS = {

@@ -16,17 +16,18 @@ import pytest
 import yaml
 from conftest import write_tiny
 
-from recbole_slifmr import report
-from recbole_slifmr.benchmark import make_plan
 from recbole_slifmr.cli import main
 from recbole_slifmr.cli.tune import parse_resources, parse_seconds
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
-from recbole_slifmr.experiment import fingerprint, make_config, prepare, run
-from recbole_slifmr.page import write_page
-from recbole_slifmr.runs import ray_session
-from recbole_slifmr.search import make_search
-from recbole_slifmr.space import parse_space
-from recbole_slifmr.tune import run_search, tune
+from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.search.plan import make_search
+from recbole_slifmr.search.space import parse_space
+from recbole_slifmr.search.tune import run_search, tune
+from recbole_slifmr.study import statistics
+from recbole_slifmr.study.benchmark import make_plan
+from recbole_slifmr.study.page import write_page
+from recbole_slifmr.study.runs import ray_session
+from recbole_slifmr.training.experiment import fingerprint, prepare, run
 
 SETTINGS = {"epochs": 3, "topk": [5], "valid_metric": "NDCG@5", "train_batch_size": 64}
 SPACE = {"learning_rate": {"loguniform": [1e-3, 1e-1]}, "n_layers": {"choice": [1, 2]}}
@@ -260,7 +261,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(sys.argv[1]) / "tests"))
 from test_tune import plan_of
-from recbole_slifmr.tune import run_search
+from recbole_slifmr.search.tune import run_search
 out = Path(sys.argv[3])
 search = plan_of(sys.argv[2], out, "SLIFMR", trials=3, scheduler="none", settings={"epochs": 40, "prune_ratio": 0.2})
 run_search(search, resume="resume" in sys.argv, resources={"cpu": 1})
@@ -323,7 +324,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(sys.argv[1]) / "tests"))
 from ray.cluster_utils import Cluster
 from test_tune import plan_of
-from recbole_slifmr.tune import run_search
+from recbole_slifmr.search.tune import run_search
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 cluster.add_node(num_cpus=1)
 search = plan_of(sys.argv[2], Path(sys.argv[3]), trials=4, seeds=2, scheduler="none", settings={"epochs": 2})
@@ -420,6 +421,6 @@ def test_shares_and_times_are_read():
 def test_importance_finds_the_setting_that_matters():
     frame = pd.DataFrame({"a": [i / 40 for i in range(40)], "b": ["x", "y"] * 20, "c": [[1], [2], [3], [4]] * 10})
     frame["score"] = [3 * a + (b == "x") for a, b in zip(frame["a"], frame["b"], strict=True)]
-    found = report.importance(frame, ["c", "b", "a", "not_there"])
+    found = statistics.importance(frame, ["c", "b", "a", "not_there"])
     assert list(found.index) == ["a", "b", "c"] and found.sum() == pytest.approx(1) and found["c"] < 0.05
-    assert report.importance(frame.head(3), ["a"]) is None
+    assert statistics.importance(frame.head(3), ["a"]) is None

@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from recbole_slifmr.cli.live import run_live
-from recbole_slifmr.cli.settings import FREE_SETTINGS, RUNS_OPTIONS, parse_settings, split_names, with_options
+from recbole_slifmr.cli.options import FREE_SETTINGS, RUNS_OPTIONS, split_names, with_options
 from recbole_slifmr.errors import UnknownSettingWarning
+from recbole_slifmr.host.settings import parse_settings
 
 
 @click.command(name="benchmark", context_settings=FREE_SETTINGS)
@@ -25,7 +26,7 @@ def benchmark_command(context: click.Context, dataset: str, models: str, config_
 
     Any setting for all models is given as --name=value.
     """
-    from recbole_slifmr.benchmark import make_plan, run_plan
+    from recbole_slifmr.study.benchmark import make_plan, run_plan
 
     warnings.simplefilter("error", UnknownSettingWarning)
     running = {name: options.pop(name) for name in ("jobs", "address", "reuse")}

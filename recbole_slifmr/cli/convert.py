@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from recbole_slifmr.cli.settings import with_options
+from recbole_slifmr.cli.options import with_options
 from recbole_slifmr.data.convert import Columns, Summary, convert_kgat, convert_mmrec, convert_tables
 from recbole_slifmr.data.convert.kgat import Track
 from recbole_slifmr.data.convert.source import Open

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from recbole_slifmr.cli.options import with_options
 from recbole_slifmr.cli.recommend import TRAINED_OPTIONS
-from recbole_slifmr.cli.settings import with_options
 
 
 @click.command(name="export", context_settings={"help_option_names": ["-h", "--help"]})
@@ -22,8 +22,8 @@ def export_command(checkpoint: Path, data_path: str | None, dataset: str | None,
     The inner product of a row of users.npy and one of items.npy is the model's score; users.txt and items.txt name
     the rows.
     """
-    from recbole_slifmr.export import export
-    from recbole_slifmr.trained import load_trained
+    from recbole_slifmr.serve.export import export
+    from recbole_slifmr.serve.trained import load_trained
 
     for file in export(load_trained(checkpoint, data_path, dataset), out, faiss):
         click.echo(file)

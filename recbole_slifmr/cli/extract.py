@@ -11,12 +11,12 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from recbole_slifmr.cli.settings import FREE_SETTINGS, parse_settings, with_options
+from recbole_slifmr.cli.options import FREE_SETTINGS, with_options
 from recbole_slifmr.data.dataset import feature_folder_of, item_file_of
 from recbole_slifmr.data.extract import CLIP, DIMENSION, Inputs, extract, find_images, read_texts
 from recbole_slifmr.data.vectors import ItemFile
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.experiment import make_config
+from recbole_slifmr.host.settings import make_config, parse_settings
 
 
 @click.group(name="extract")

@@ -10,10 +10,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from recbole_slifmr.cli.settings import FREE_SETTINGS, parse_settings, with_options
+from recbole_slifmr.cli.options import FREE_SETTINGS, with_options
 from recbole_slifmr.data.survey import Section, remarks, sections, survey, write_survey
 from recbole_slifmr.errors import UnknownSettingWarning
-from recbole_slifmr.experiment import load_data, make_config
+from recbole_slifmr.host.settings import make_config, parse_settings
+from recbole_slifmr.training.experiment import load_data
 
 
 @click.command(name="inspect", context_settings=FREE_SETTINGS)

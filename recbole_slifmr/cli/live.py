@@ -13,8 +13,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from recbole_slifmr.benchmark import Benchmark
-from recbole_slifmr.runs import Task, read_progress
+from recbole_slifmr.study.benchmark import Benchmark
+from recbole_slifmr.study.runs import Task, read_progress
 
 MOST_LINES = 12
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from recbole_slifmr.cli.settings import with_options
+from recbole_slifmr.cli.options import with_options
 from recbole_slifmr.errors import DataError, SettingError
 
 TRAINED_OPTIONS = [
@@ -80,9 +80,9 @@ def recommend(
     if explain and kind != "jsonl":
         raise SettingError(f"explanations are nested, and {kind} is flat: leave out --format or set it to jsonl")
 
-    from recbole_slifmr.recommend import recommend as rank
-    from recbole_slifmr.recommend import similar_items, table, write_tables
-    from recbole_slifmr.trained import load_trained
+    from recbole_slifmr.serve.recommend import recommend as rank
+    from recbole_slifmr.serve.recommend import similar_items, table, write_tables
+    from recbole_slifmr.serve.trained import load_trained
 
     trained = load_trained(checkpoint, data_path, dataset)
     if item is not None:
@@ -98,7 +98,7 @@ def recommend(
     allowed = None if candidates is None else trained.item_ids(_read_tokens(candidates))
     rankings = rank(trained, ids, k, exclude_seen, allowed)
     if explain:
-        from recbole_slifmr.explain import Explainer
+        from recbole_slifmr.serve.explain import Explainer
 
         explainer = Explainer(trained)
 

@@ -15,6 +15,6 @@ def report_command(folders: tuple[str, ...], out: str) -> None:
 
     Tables, plots, settings and how it was made are all in the page, which needs no network.
     """
-    from recbole_slifmr.page import write_page
+    from recbole_slifmr.study.page import write_page
 
     click.echo(f"report: {os.path.relpath(write_page(folders, out))}")

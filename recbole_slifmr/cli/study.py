@@ -9,8 +9,9 @@ import click
 import yaml
 
 from recbole_slifmr.cli.live import run_live
-from recbole_slifmr.cli.settings import FREE_SETTINGS, RUNS_OPTIONS, parse_settings, split_names, with_options
+from recbole_slifmr.cli.options import FREE_SETTINGS, RUNS_OPTIONS, split_names, with_options
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
+from recbole_slifmr.host.settings import parse_settings
 
 
 @click.command(name="study", context_settings=FREE_SETTINGS)

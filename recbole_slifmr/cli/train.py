@@ -11,10 +11,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from recbole_slifmr.cli.settings import FREE_SETTINGS, parse_settings, with_options
+from recbole_slifmr.cli.options import FREE_SETTINGS, with_options
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
-from recbole_slifmr.experiment import Result, read_settings, run, run_distributed
-from recbole_slifmr.report import metric_title
+from recbole_slifmr.host.settings import parse_settings, read_settings
+from recbole_slifmr.study.tables import metric_title
+from recbole_slifmr.training.experiment import Result, run, run_distributed
 
 
 def print_result(result: Result, console: Console | None = None) -> None:

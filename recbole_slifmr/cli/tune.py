@@ -13,14 +13,15 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from recbole_slifmr.cli.settings import FREE_SETTINGS, parse_settings, with_options
+from recbole_slifmr.cli.options import FREE_SETTINGS, with_options
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
-from recbole_slifmr.evaluation import MASKS
-from recbole_slifmr.report import metric_title
-from recbole_slifmr.search import SCHEDULERS, SEARCHES, Search, make_search
+from recbole_slifmr.host.settings import parse_settings
+from recbole_slifmr.search.plan import SCHEDULERS, SEARCHES, Search, make_search
+from recbole_slifmr.study.tables import metric_title
+from recbole_slifmr.training.evaluation import MASKS
 
 if TYPE_CHECKING:
-    from recbole_slifmr.tune import Outcome, Progress
+    from recbole_slifmr.search.tune import Outcome, Progress
 
 
 @click.command(name="tune", context_settings=FREE_SETTINGS)
@@ -61,7 +62,7 @@ def tune_command(
     Trials see training and validation only; the winner alone is scored on test. Any setting for all trials is given as
     --name=value.
     """
-    from recbole_slifmr.tune import run_search
+    from recbole_slifmr.search.tune import run_search
 
     warnings.simplefilter("error", UnknownSettingWarning)
     search = make_search(

@@ -31,6 +31,8 @@ from recbole_slifmr.data.vectors import ItemFile
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.paths import find_feature_folder
 
+# Settings that the data set class reads, for any model.
+SETTINGS = ("modalities", "exclude_modalities", "feature_path", "feature_missing", "use_kg", "use_features")
 CONTENTS = {
     FeatureSource.INTERACTION: "interactions",
     FeatureSource.USER: "users",

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recbole_slifmr.data.cold import ColdScoring
-from recbole_slifmr.encoder import InteractionEncoder
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.loss import cosine_distance, l2_loss
 from recbole_slifmr.model.base import FeatureProjection, MultimodalRecommender
+from recbole_slifmr.nn.encoder import InteractionEncoder
+from recbole_slifmr.nn.loss import cosine_distance, l2_loss
 
 
 class BM3(MultimodalRecommender):

@@ -26,12 +26,12 @@ from recbole.model.init import xavier_uniform_initialization
 from torch import Tensor, nn
 
 from recbole_slifmr.data.features import ItemFeatures
-from recbole_slifmr.encoder import InteractionEncoder
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.graph import Edges, normalized_knn, sum_edges
-from recbole_slifmr.loss import bpr_loss
 from recbole_slifmr.model.base import FeatureProjection, MultimodalRecommender
-from recbole_slifmr.sparse import SparseMatrix
+from recbole_slifmr.nn.encoder import InteractionEncoder
+from recbole_slifmr.nn.graph import Edges, normalized_knn, sum_edges
+from recbole_slifmr.nn.loss import bpr_loss
+from recbole_slifmr.nn.sparse import SparseMatrix
 
 
 def frozen_graph(features: Mapping[str, ItemFeatures], k: int, weights: Mapping[str, float] | None = None) -> Edges:

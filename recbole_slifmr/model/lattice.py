@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recbole_slifmr.data.features import ItemFeatures
-from recbole_slifmr.encoder import InteractionEncoder
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.graph import Edges, blend, knn_graph, normalize_symmetric, sum_edges
-from recbole_slifmr.loss import bpr_loss, l2_loss
 from recbole_slifmr.model.base import FeatureProjection, MultimodalRecommender
-from recbole_slifmr.sparse import SparseMatrix
+from recbole_slifmr.nn.encoder import InteractionEncoder
+from recbole_slifmr.nn.graph import Edges, blend, knn_graph, normalize_symmetric, sum_edges
+from recbole_slifmr.nn.loss import bpr_loss, l2_loss
+from recbole_slifmr.nn.sparse import SparseMatrix
 
 
 def similarity_graph(features: Tensor, k: int, mask: Tensor) -> Edges:

@@ -4,7 +4,7 @@ Guo, Jiang, Guo, Song, Sun, "SLIF-MR: Self-loop Iterative Fusion of Heterogeneou
 Recommendation", arXiv 2507.09998.
 
 Every item is seen through several views: the interactions, each modality, the knowledge graph. Each view has its own
-graph and encoder (``encoder.py``); attentive fusion makes one representation of them (``layers.py``); after an epoch
+graph and encoder (``nn/encoder.py``); attentive fusion makes one representation of them (``layers.py``); after an epoch
 the k nearest neighbours among the fused items go back into all three graphs (:meth:`SLIFMR.refresh_graphs`). The loss:
 
 .. math::
@@ -25,10 +25,11 @@ from recbole.model.init import xavier_uniform_initialization
 from torch import Tensor, nn
 
 from recbole_slifmr.data.cold import ColdScoring
-from recbole_slifmr.diagnostics import homogenisation, smoothing
-from recbole_slifmr.encoder import RELATION_WEIGHTS, FeatureEncoder, InteractionEncoder, KnowledgeEncoder
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.graph import (
+from recbole_slifmr.model.base import EmbeddingRecommender
+from recbole_slifmr.nn.diagnostics import homogenisation, smoothing
+from recbole_slifmr.nn.encoder import RELATION_WEIGHTS, FeatureEncoder, InteractionEncoder, KnowledgeEncoder
+from recbole_slifmr.nn.graph import (
     KNN_SEARCHES,
     Edges,
     edge_turnover,
@@ -38,8 +39,8 @@ from recbole_slifmr.graph import (
     normalize_symmetric,
     sum_edges,
 )
-from recbole_slifmr.layers import FUSIONS, Fusion, unit
-from recbole_slifmr.loss import (
+from recbole_slifmr.nn.layers import FUSIONS, Fusion, unit
+from recbole_slifmr.nn.loss import (
     INTER_LOSSES,
     INTRA_LOSSES,
     Losses,
@@ -49,7 +50,6 @@ from recbole_slifmr.loss import (
     intra_modal_loss,
     l2_loss,
 )
-from recbole_slifmr.model.base import EmbeddingRecommender
 
 
 class Views(NamedTuple):

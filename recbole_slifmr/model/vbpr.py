@@ -20,8 +20,8 @@ import torch
 from recbole.model.init import xavier_uniform_initialization
 from torch import Tensor, nn
 
-from recbole_slifmr.loss import bpr_loss, l2_loss
 from recbole_slifmr.model.base import MultimodalRecommender, unit_rows
+from recbole_slifmr.nn.loss import bpr_loss, l2_loss
 
 
 class VBPR(MultimodalRecommender):

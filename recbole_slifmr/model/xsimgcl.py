@@ -25,12 +25,12 @@ from recbole.model.init import xavier_uniform_initialization
 from torch import Tensor, nn
 
 from recbole_slifmr.data.cold import ColdScoring
-from recbole_slifmr.encoder import InteractionGraph
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.graph import unique_edges
-from recbole_slifmr.layers import unit
-from recbole_slifmr.loss import bpr_loss, collision_mask, info_nce, l2_loss
 from recbole_slifmr.model.base import EmbeddingRecommender
+from recbole_slifmr.nn.encoder import InteractionGraph
+from recbole_slifmr.nn.graph import unique_edges
+from recbole_slifmr.nn.layers import unit
+from recbole_slifmr.nn.loss import bpr_loss, collision_mask, info_nce, l2_loss
 
 
 class XSimGCL(EmbeddingRecommender):

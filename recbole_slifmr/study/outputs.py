@@ -8,13 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from recbole_slifmr import plots, report
-from recbole_slifmr.benchmark import caption, run_plan, shown_metrics, write_outputs, write_runs
 from recbole_slifmr.data.atomic import write_atomic
-from recbole_slifmr.experiment import load_data, make_config
 from recbole_slifmr.files import write_csv
-from recbole_slifmr.runs import read_result
+from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.study import plots, statistics, tables
+from recbole_slifmr.study.benchmark import caption, run_plan, shown_metrics, write_outputs, write_runs
 from recbole_slifmr.study.plan import Study
+from recbole_slifmr.study.runs import read_result
+from recbole_slifmr.training.experiment import load_data
 
 
 def run_study(study: Study, **running: Any) -> pd.DataFrame:
@@ -22,7 +23,7 @@ def run_study(study: Study, **running: Any) -> pd.DataFrame:
 
     Args:
         study: what to run.
-        running: the other arguments of :func:`~recbole_slifmr.benchmark.run_plan`.
+        running: the other arguments of :func:`~recbole_slifmr.study.benchmark.run_plan`.
 
     Returns:
         one row per finished run: ``variant``, ``seed``, what sets the variant apart, and what was measured.
@@ -102,7 +103,7 @@ def _robustness(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: M
                 row += [_spread(losses[metric][at[level]], 1, 100) for level in levels[1:]]
                 row.append("" if model == main else _more_lost(users, metric, model, main, kind, top))
                 rows.append(row)
-            title = report.metric_title(metric)
+            title = tables.metric_title(metric)
             header = ["model", *(f"{title}, {level:.0%}" for level in levels)]
             header += [*(f"loss at {level:.0%}, %" for level in levels[1:]), f"more than {main} at {top:.0%}, points"]
             sections.append((f"{kind}, {title}", header, rows))
@@ -110,13 +111,13 @@ def _robustness(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: M
         " Noise is in the training inputs only, the same for every model; its draw changes with the seed. Loss: share "
         "of the same seed's score without noise. Last column: with a 95% bootstrap interval over users."
     )
-    report.write_tables(study.out, sections, text)
+    tables.write_tables(study.out, sections, text)
     plots.plot_robustness(study.out / "robustness.png", runs, losses, metrics[0])
 
 
 def _more_lost(users: pd.DataFrame, metric: str, model: str, main: str, kind: str, level: float) -> str:
     one, other = ((f"{name} {kind}=0", f"{name} {kind}={level:g}") for name in (model, main))
-    found = report.loss_difference(users, metric, one, other)
+    found = statistics.loss_difference(users, metric, one, other)
     return "" if found is None else f"{100 * found[0]:+.1f} [{100 * found[1]:.1f}, {100 * found[2]:.1f}]"
 
 
@@ -147,24 +148,24 @@ def _interval(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: Map
     comparisons: dict[str, dict[str, float]] = {}
     if study.reference:
         comparisons = {
-            metric: {c.model: c.p_wilcoxon for c in report.compare(users, metric, study.reference)}
+            metric: {c.model: c.p_wilcoxon for c in statistics.compare(users, metric, study.reference)}
             for metric in metrics
         }
     rows = []
     for title, group in runs.groupby("variant", sort=False):
         share = group["refresh_seconds"].fillna(0) / group["seconds"]
         scores = [
-            _spread(group[f"test_{metric}"]) + report.stars(comparisons.get(metric, {}).get(title, 1.0))
+            _spread(group[f"test_{metric}"]) + tables.stars(comparisons.get(metric, {}).get(title, 1.0))
             for metric in metrics
         ]
         rows.append(
             [title, *scores, _spread(group["refreshes"].fillna(0), 1), _spread(group["epochs"], 1),
              _spread(group["seconds_per_epoch"], 2), f"{100 * share.mean():.1f}", _spread(group["seconds"], 0)]
         )  # fmt: skip
-    header = ["refresh", *map(report.metric_title, metrics), "refreshes", "epochs", "seconds per epoch",
+    header = ["refresh", *map(tables.metric_title, metrics), "refreshes", "epochs", "seconds per epoch",
               "share of time in refreshes, %", "seconds in all"]  # fmt: skip
     text = _heading(study, runs, states) + " Seconds are of training with validation. " + _within_spread(runs, metrics)
-    report.write_tables(study.out, [("", header, rows)], text)
+    tables.write_tables(study.out, [("", header, rows)], text)
     turnover = {
         task.name: [(entry["epoch"], entry["turnover"]) for entry in (read_result(task) or {})["traces"]["refreshes"]]
         for task in study.tasks
@@ -186,7 +187,7 @@ def _within_spread(runs: pd.DataFrame, metrics: list[str]) -> str:
         verdict = (
             "within" if abs(difference) <= one.std() else f"{'higher' if difference > 0 else 'lower'} by more than"
         )
-        title = report.metric_title(metric)
+        title = tables.metric_title(metric)
         parts.append(f"{title} {difference:+.4f} ({verdict} the seeds' spread of {one.std():.4f})")
     refreshes = f"{adaptive['refreshes'].mean():.1f} refreshes instead of {every['refreshes'].mean():.1f}"
     return f"Adaptive against every epoch: {', '.join(parts)}, with {refreshes}."
@@ -202,12 +203,12 @@ def _sensitivity(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: 
         [title, *(_spread(group[f"test_{metric}"]) for metric in metrics), *(_spread(group[s], 3) for s in signs)]
         for title, group in runs.groupby("variant", sort=False)
     ]
-    header = ["setting", *map(report.metric_title, metrics), *signs]
+    header = ["setting", *map(tables.metric_title, metrics), *signs]
     text = _heading(study, runs, states) + (
         " Homogenisation: mean cosine between the views of an item; smoothing: mean cosine between random items; both "
         "at the best epoch." if signs else ""
     )  # fmt: skip
-    report.write_tables(study.out, [("", header, rows)], text)
+    tables.write_tables(study.out, [("", header, rows)], text)
     plots.plot_sensitivity(study.out / "sensitivity.png", runs, metrics[0], signs)
 
 
@@ -216,7 +217,7 @@ def _sensitivity(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: 
 
 def _coldstart(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: Mapping[str, str]) -> None:
     columns = {
-        f"{metric}/{group}": f"{report.metric_title(metric)}, {words}"
+        f"{metric}/{group}": f"{tables.metric_title(metric)}, {words}"
         for metric in _two(shown_metrics(runs))
         for group, words in (("cold", "cold items among all"), ("among_cold", "among cold"), ("warm", "warm items"))
         if f"test_{metric}/{group}" in runs
@@ -229,13 +230,13 @@ def _coldstart(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: Ma
         f" {share:.0%} of the items are cold: all their interactions are in validation and test. Among all: only cold "
         "held-out items count, ranked among all items; among cold: ranked among cold items."
     )
-    report.write_tables(study.out, [("", ["model", *columns.values()], rows)], text)
+    tables.write_tables(study.out, [("", ["model", *columns.values()], rows)], text)
     _plot_cold(study.out / "cold.png", runs, columns)
 
 
 def _plot_cold(path: Path, runs: pd.DataFrame, columns: Mapping[str, str]) -> None:
     shown = [name for name in columns if name.startswith(next(iter(columns)).partition("/")[0])]
-    summary = report.summarise(
+    summary = statistics.summarise(
         runs[["variant", "seed", *(f"test_{name}" for name in shown)]].rename(columns={"variant": "model"})
     )
     plots.plot_bars(path, summary.fillna(0), shown, [columns[name] for name in shown])

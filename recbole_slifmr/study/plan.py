@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recbole_slifmr.benchmark import Benchmark, Variant, make_tasks
 from recbole_slifmr.data.noise import KINDS, reads
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.experiment import load_data, make_config, read_settings
+from recbole_slifmr.host.settings import make_config, read_settings
 from recbole_slifmr.paths import PROPERTIES
+from recbole_slifmr.study.benchmark import Benchmark, Variant, make_tasks
+from recbole_slifmr.training.experiment import load_data
 
 STUDIES = PROPERTIES / "study"
 ALLOWED = {
@@ -102,7 +103,7 @@ def make_study(
         out: folder of the outputs; ``NAME-DATASET`` if None.
         config_files: YAML files of settings for all variants.
         settings: settings for all variants, which win over the files.
-        options: the other arguments of :func:`~recbole_slifmr.benchmark.make_tasks`.
+        options: the other arguments of :func:`~recbole_slifmr.study.benchmark.make_tasks`.
 
     Raises:
         SettingError: for anything that cannot be used.

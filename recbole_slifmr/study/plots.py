@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recbole_slifmr.report import as_numbers, metric_title
+from recbole_slifmr.study.statistics import as_numbers
+from recbole_slifmr.study.tables import metric_title
 
 
 def _save(figure: Any, path: Path, description: str) -> None:

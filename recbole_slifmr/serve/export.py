@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.files import replace_file
-from recbole_slifmr.trained import Trained
+from recbole_slifmr.serve.trained import Trained
 
 
 def export(trained: Trained, out: Path, with_faiss: bool = False) -> list[Path]:

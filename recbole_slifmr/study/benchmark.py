@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from recbole_slifmr import plots, report
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.evaluation import ITEM_GROUPS, MASKS, USER_GROUPS
-from recbole_slifmr.experiment import make_config
 from recbole_slifmr.files import replace_file, write_csv, write_json
-from recbole_slifmr.runs import METRICS, TOPK, Task, check, collect, read_progress, run_all, take_over
+from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.study import plots, statistics, tables
+from recbole_slifmr.study.runs import METRICS, TOPK, Task, check, collect, read_progress, run_all, take_over
+from recbole_slifmr.training.evaluation import ITEM_GROUPS, MASKS, USER_GROUPS
 
 FIRST_SEED = 2020
 TABLE = ("recall@20", "ndcg@20", "recall@10", "ndcg@10")
@@ -58,7 +58,7 @@ class Benchmark:
         out: folder of the outputs.
         reference: the title of the tasks that the others are tested against; empty for none.
         tuned: ``{model: number of trials, or None where unknown}`` for the models with parameters from a file.
-        test_mask: see :func:`~recbole_slifmr.experiment.run`.
+        test_mask: see :func:`~recbole_slifmr.training.experiment.run`.
         name: of the study; a benchmark is one, too.
     """
 
@@ -172,7 +172,7 @@ def make_tasks(
         config_files: YAML files of settings for all models.
         settings: settings for all models, which win over the files.
         params: folder with ``MODEL.yaml`` or ``MODEL/best.yaml``, which win over ``config_files``.
-        test_mask: ``train_valid`` or ``train``, see :func:`~recbole_slifmr.experiment.run`.
+        test_mask: ``train_valid`` or ``train``, see :func:`~recbole_slifmr.training.experiment.run`.
         threads: CPU threads per run; results are the same for the same number only.
 
     Returns:
@@ -324,31 +324,31 @@ def shown_metrics(runs: pd.DataFrame) -> list[str]:
 def write_outputs(plan: Benchmark, runs: pd.DataFrame, users: pd.DataFrame, states: Mapping[str, str]) -> None:
     """Write what :func:`write_runs` does, ``table.md``, ``table.tex`` and ``bars.png``."""
     metrics = shown_metrics(runs)
-    summary = report.summarise(runs)
+    summary = statistics.summarise(runs)
     comparisons = write_runs(plan, runs, users, states)
     titles = [title for title in plan.titles if title in summary.index]
-    table = report.cells(summary, metrics, comparisons)
+    table = tables.cells(summary, metrics, comparisons)
     text = caption(plan, runs, states)
-    (plan.out / "table.md").write_text(report.markdown(titles, metrics, table, text), encoding="utf-8")
-    (plan.out / "table.tex").write_text(report.latex(titles, metrics, table, text), encoding="utf-8")
+    (plan.out / "table.md").write_text(tables.markdown(titles, metrics, table, text), encoding="utf-8")
+    (plan.out / "table.tex").write_text(tables.latex(titles, metrics, table, text), encoding="utf-8")
     plots.plot_bars(plan.out / "bars.png", summary, metrics)
 
 
 def write_runs(
     plan: Benchmark, runs: pd.DataFrame, users: pd.DataFrame, states: Mapping[str, str]
-) -> dict[str, list[report.Comparison]]:
+) -> dict[str, list[statistics.Comparison]]:
     """Write ``results.csv``, ``results.json``, ``per_user.parquet`` and ``curves.png``.
 
     Returns:
         the comparisons with the reference by metric.
     """
-    summary = report.summarise(runs)
+    summary = statistics.summarise(runs)
     metrics = shown_metrics(runs)
-    comparisons: dict[str, list[report.Comparison]] = {}
+    comparisons: dict[str, list[statistics.Comparison]] = {}
     gains = {}
     if plan.reference in summary.index and len(summary) > 1:
-        comparisons = {metric: report.compare(users, metric, plan.reference) for metric in metrics}
-        gains = {metric: report.improvement(users, metric, plan.reference) for metric in metrics}
+        comparisons = {metric: statistics.compare(users, metric, plan.reference) for metric in metrics}
+        gains = {metric: statistics.improvement(users, metric, plan.reference) for metric in metrics}
     out = plan.out
     write_csv(out / "results.csv", runs)
     replace_file(out / "per_user.parquet", lambda part: users.to_parquet(part, index=False))

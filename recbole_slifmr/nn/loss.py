@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recbole_slifmr.layers import unit
+from recbole_slifmr.nn.layers import unit
 
 INTER_LOSSES = ("infonce", "cosine")
 INTRA_LOSSES = ("infonce", "alignment_uniformity")

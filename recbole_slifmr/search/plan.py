@@ -16,11 +16,10 @@ from recbole.config import Config
 from recbole.utils.argument_list import dataset_arguments
 
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
-from recbole_slifmr.evaluation import MASKS
-from recbole_slifmr.experiment import make_config
+from recbole_slifmr.host.settings import make_config, unknown_settings
 from recbole_slifmr.paths import PROPERTIES
-from recbole_slifmr.plugin import unknown_settings
-from recbole_slifmr.space import Point, Space, draw, ends, grid, read_space, start
+from recbole_slifmr.search.space import Point, Space, draw, ends, grid, read_space, start
+from recbole_slifmr.training.evaluation import MASKS
 
 SCHEDULERS = ("asha", "none", "pbt")
 SEARCHES = ("random", "optuna", "grid")
@@ -58,7 +57,7 @@ class Search:
         search: ``random`` (the model's own settings first), ``optuna`` (TPE) or ``grid``.
         seeds: how many seeds the winner is scored on test with; 0 leaves test alone.
         seed: of the trainings, of the split and of the search.
-        test_mask: see :func:`~recbole_slifmr.experiment.run`.
+        test_mask: see :func:`~recbole_slifmr.training.experiment.run`.
     """
 
     model: str
@@ -144,7 +143,7 @@ def make_search(
         scheduler: ``asha``, ``none`` or ``pbt``.
         search: ``random``, ``optuna`` or ``grid``.
         seeds: how many seeds the winner is scored on test with.
-        test_mask: ``train_valid`` or ``train``, see :func:`~recbole_slifmr.experiment.run`.
+        test_mask: ``train_valid`` or ``train``, see :func:`~recbole_slifmr.training.experiment.run`.
 
     Raises:
         SettingError: for anything that cannot be used.

@@ -24,14 +24,14 @@ from ray import tune as ray_tune
 from ray.tune import schedulers
 from ray.tune.search.optuna import OptunaSearch
 
-from recbole_slifmr import outcome
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.files import replace_file, write_json
-from recbole_slifmr.outcome import Ended, Outcome
-from recbole_slifmr.runs import Task, collect, ray_session, run_all
-from recbole_slifmr.search import DATA, Search, make_search
-from recbole_slifmr.space import Space, grid, perturb, suggest
-from recbole_slifmr.trial import TrialData, load_trial_data, run_trial
+from recbole_slifmr.search import outcome
+from recbole_slifmr.search.outcome import Ended, Outcome
+from recbole_slifmr.search.plan import DATA, Search, make_search
+from recbole_slifmr.search.space import Space, grid, perturb, suggest
+from recbole_slifmr.search.trial import TrialData, load_trial_data, run_trial
+from recbole_slifmr.study.runs import Task, collect, ray_session, run_all
 
 
 class Progress(NamedTuple):

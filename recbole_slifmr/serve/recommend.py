@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.files import replace_file
-from recbole_slifmr.trained import History, Trained
+from recbole_slifmr.serve.trained import History, Trained
 
 FORMATS = ("csv", "jsonl", "parquet")
 SCORES_AT_ONCE = 2**24  # 64 MB in single precision

@@ -11,9 +11,15 @@ import torch
 from recbole.trainer import Trainer
 from recbole.utils import set_color
 
-from recbole_slifmr.callback import Callback, DiagnosticsCallback, PruningCallback, SelfLoopCallback, load_callback
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.memory import keep_freed_memory
+from recbole_slifmr.training.callback import (
+    Callback,
+    DiagnosticsCallback,
+    PruningCallback,
+    SelfLoopCallback,
+    load_callback,
+)
+from recbole_slifmr.training.memory import keep_freed_memory
 
 
 def make_callbacks(config: Any, model: Any) -> list[Callback]:

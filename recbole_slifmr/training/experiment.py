@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import getLogger
 from pathlib import Path
@@ -17,17 +14,16 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-import yaml
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.trainer import PretrainTrainer
 from recbole.utils import ModelType, get_model, get_trainer, init_logger, init_seed
 
-from recbole_slifmr.checkpoint import check_data, data_record, read_checkpoint
-from recbole_slifmr.distributed import launch, stay_on_this_machine
-from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
-from recbole_slifmr.evaluation import evaluate, mask_training_items_only
-from recbole_slifmr.plugin import model_names
+from recbole_slifmr.errors import SettingError, UnknownSettingWarning
+from recbole_slifmr.host.settings import bad_input, make_config
+from recbole_slifmr.training.checkpoint import check_data, data_record, read_checkpoint
+from recbole_slifmr.training.distributed import launch, stay_on_this_machine
+from recbole_slifmr.training.evaluation import evaluate, mask_training_items_only
 
 
 @dataclass
@@ -238,69 +234,6 @@ def fingerprint(loader: Any) -> str:
     items = data.field2id_token[data.iid_field][data.inter_feat[data.iid_field].numpy()]
     pairs = sorted(f"{user}\t{item}" for user, item in zip(users, items, strict=True))
     return hashlib.sha256("\n".join(pairs).encode()).hexdigest()[:16]
-
-
-def make_config(
-    model: str,
-    dataset: str,
-    config_files: Sequence[str | Path] = (),
-    settings: Mapping[str, Any] | None = None,
-) -> Config:
-    """Build RecBole's configuration from the arguments alone: ``sys.argv`` is not looked at.
-
-    Raises:
-        SettingError: for an unknown model, a missing file or a setting that RecBole refuses.
-    """
-    for file in config_files:
-        read_settings(file)
-    try:
-        get_model(model)
-    except (ValueError, AttributeError, ImportError) as error:
-        near = difflib.get_close_matches(model, model_names(), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else f" ({error})"
-        raise SettingError(f"unknown model '{model}': neither RecBole nor this package has it{hint}") from None
-    argv, sys.argv = sys.argv, sys.argv[:1]
-    try:
-        with bad_input(SettingError):
-            return Config(model, dataset, [str(file) for file in config_files] or None, dict(settings or {}))
-    finally:
-        sys.argv = argv
-
-
-def read_settings(file: str | Path) -> dict[str, Any]:
-    """Return the settings in a YAML file.
-
-    Raises:
-        SettingError: if it is missing or holds no settings.
-    """
-    if not Path(file).is_file():
-        raise SettingError(f"config file {file} not found")
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingError(f"config file {file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise SettingError(f"config file {file} holds no settings, each name: value")
-    return content
-
-
-RECBOLE_RAISES = (ValueError, KeyError, TypeError, NotImplementedError, AssertionError, SyntaxError, OSError)
-
-
-@contextmanager
-def bad_input(
-    kind: type[ValueError] = DataError, raised: tuple[type[Exception], ...] = RECBOLE_RAISES
-) -> Iterator[None]:
-    """Turn what RecBole raises over unusable settings or data into one of this package's errors."""
-    try:
-        yield
-    except (DataError, SettingError, UnknownSettingWarning):
-        raise
-    except raised as error:
-        getLogger().debug("what RecBole raised", exc_info=True)
-        raise kind(f"{type(error).__name__}: {error}".replace("\n", " ")) from error
-    except yaml.YAMLError as error:
-        raise kind(" ".join(str(error).split())) from error
 
 
 def _resume(prepared: Prepared, checkpoint: Path) -> None:

@@ -19,12 +19,12 @@ from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import get_model, init_seed
 from torch import Tensor
 
-from recbole_slifmr.checkpoint import check_data, read_checkpoint
 from recbole_slifmr.errors import DataError, SettingError
-from recbole_slifmr.experiment import bad_input, set_threads
+from recbole_slifmr.host.settings import bad_input, model_names
 from recbole_slifmr.model.slifmr import SLIFMR
 from recbole_slifmr.paths import find_data_path
-from recbole_slifmr.plugin import model_names
+from recbole_slifmr.training.checkpoint import check_data, read_checkpoint
+from recbole_slifmr.training.experiment import set_threads
 
 NAMED = 5  # unknown tokens that an error names
 CHECKED = 64  # users whose scores are compared with inner products

@@ -46,7 +46,7 @@ class Task:
         config_files: YAML files of settings, absolute.
         settings: settings that win over the files.
         split_seed: of a random split, the same for all runs.
-        test_mask: see :func:`~recbole_slifmr.experiment.run`.
+        test_mask: see :func:`~recbole_slifmr.training.experiment.run`.
         threads: of the CPU; fixed, because sums in another order differ in the last digit.
         label: what the tables call it; the model if empty. The result does not depend on it.
     """
@@ -99,7 +99,7 @@ class Task:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What :func:`~recbole_slifmr.experiment.make_config` takes."""
+        """What :func:`~recbole_slifmr.training.experiment.make_config` takes."""
         quiet = {"show_progress": False, "state": "WARNING", "checkpoint_dir": str(self.checkpoint_dir)}
         return {
             "model": self.model,
@@ -118,7 +118,7 @@ def run_task(task: Task) -> None:
     for name in ("result.json", "error.json", "progress.jsonl"):
         (task.folder / name).unlink(missing_ok=True)
     try:
-        from recbole_slifmr.experiment import run
+        from recbole_slifmr.training.experiment import run
 
         with (task.folder / "progress.jsonl").open("w", buffering=1) as progress:
             result = run(
@@ -179,7 +179,8 @@ def check(tasks: Iterable[Task]) -> dict[str, str]:
         SettingError, DataError: for a model, setting or file that cannot be used, or splits that differ where they must
             not.
     """
-    from recbole_slifmr.experiment import make_config, prepare
+    from recbole_slifmr.host.settings import make_config
+    from recbole_slifmr.training.experiment import prepare
 
     seen: dict[str, tuple[str, dict[str, str]]] = {}
     for task in {task.title: task for task in tasks}.values():

@@ -10,13 +10,12 @@ import importlib
 import math
 from logging import getLogger
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from recbole_slifmr.distributed import from_first, rank_and_count
+from recbole.trainer import Trainer
+
 from recbole_slifmr.errors import SettingError
-
-if TYPE_CHECKING:
-    from recbole_slifmr.trainer import SLIFMRTrainer
+from recbole_slifmr.training.distributed import from_first, rank_and_count
 
 
 class Callback:
@@ -30,19 +29,19 @@ class Callback:
     trace: str | None = None
     history: list[dict[str, float]] = []
 
-    def on_train_start(self, trainer: SLIFMRTrainer) -> None:
+    def on_train_start(self, trainer: Trainer) -> None:
         """Run once before the first epoch, also of a resumed run."""
 
-    def on_epoch_start(self, trainer: SLIFMRTrainer, epoch: int) -> None:
+    def on_epoch_start(self, trainer: Trainer, epoch: int) -> None:
         """Run before each training epoch."""
 
-    def on_epoch_end(self, trainer: SLIFMRTrainer, epoch: int, losses: dict[str, float]) -> None:
+    def on_epoch_end(self, trainer: Trainer, epoch: int, losses: dict[str, float]) -> None:
         """Run after each training epoch, before validation and saving; ``losses`` are summed over the batches."""
 
-    def on_valid_end(self, trainer: SLIFMRTrainer, epoch: int, score: float, result: dict[str, float]) -> None:
+    def on_valid_end(self, trainer: Trainer, epoch: int, score: float, result: dict[str, float]) -> None:
         """Run after each validation, before saving."""
 
-    def on_fit_end(self, trainer: SLIFMRTrainer) -> None:
+    def on_fit_end(self, trainer: Trainer) -> None:
         """Run once after the last epoch."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,7 +64,7 @@ class PruningCallback(Callback):
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_epoch_start(self, trainer: SLIFMRTrainer, epoch: int) -> None:
+    def on_epoch_start(self, trainer: Trainer, epoch: int) -> None:
         """Draw for the epoch."""
         trainer.model.prune_interactions(self.seed * 1_000_003 + epoch)
 
@@ -78,7 +77,7 @@ class _BeginsAfresh(Callback):
     def _reset(self) -> None:
         raise NotImplementedError
 
-    def on_train_start(self, trainer: SLIFMRTrainer) -> None:
+    def on_train_start(self, trainer: Trainer) -> None:
         """Begin afresh, unless a checkpoint was resumed."""
         if not self._restored:
             self._reset()
@@ -101,7 +100,7 @@ class DiagnosticsCallback(_BeginsAfresh):
         self.warned: set[str] = set()
         self.history = []
 
-    def on_epoch_end(self, trainer: SLIFMRTrainer, epoch: int, losses: dict[str, float]) -> None:
+    def on_epoch_end(self, trainer: Trainer, epoch: int, losses: dict[str, float]) -> None:
         """Measure, write, warn."""
         found = trainer.model.diagnostics()
         self.history.append({"epoch": epoch, **found})
@@ -191,7 +190,7 @@ class SelfLoopCallback(_BeginsAfresh):
         self.history = []
         self.best_score, self.n_stalled = -math.inf, 0
 
-    def on_epoch_end(self, trainer: SLIFMRTrainer, epoch: int, losses: dict[str, float]) -> None:
+    def on_epoch_end(self, trainer: Trainer, epoch: int, losses: dict[str, float]) -> None:
         """Refresh the graphs if it is time."""
         if epoch < self.next_epoch:
             return
@@ -215,7 +214,7 @@ class SelfLoopCallback(_BeginsAfresh):
         for name, value in entry.items():
             trainer.tensorboard.add_scalar(f"Refresh/{name}", value, epoch)
 
-    def on_valid_end(self, trainer: SLIFMRTrainer, epoch: int, score: float, result: dict[str, float]) -> None:
+    def on_valid_end(self, trainer: Trainer, epoch: int, score: float, result: dict[str, float]) -> None:
         """Count the evaluations without a better score; bring an adaptive refresh forward when they are too many."""
         value = score if trainer.valid_metric_bigger else -score
         if value > self.best_score:
@@ -251,5 +250,7 @@ def load_callback(path: str) -> Callback:
     hooks = [name for name, hook in vars(Callback).items() if callable(hook) and not name.startswith("_")]
     missing = [hook for hook in hooks if not hasattr(callback, hook)]
     if missing:
-        raise SettingError(f"callbacks: '{path}' has no {missing[0]}: derive it from recbole_slifmr.callback.Callback")
+        raise SettingError(
+            f"callbacks: '{path}' has no {missing[0]}: derive it from recbole_slifmr.training.callback.Callback"
+        )
     return callback

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 import yaml
 
-from recbole_slifmr import plots, report
 from recbole_slifmr.files import replace_file, write_csv
-from recbole_slifmr.search import Search
-from recbole_slifmr.space import Point
+from recbole_slifmr.search.plan import Search
+from recbole_slifmr.search.space import Point
+from recbole_slifmr.study import plots, statistics, tables
 
 
 class Outcome(NamedTuple):
@@ -24,7 +24,7 @@ class Outcome(NamedTuple):
         trials: one row per trial, best first.
         best_file: ``best.yaml``; None if every trial failed.
         point: the winner's settings.
-        importance: of each setting, see :func:`~recbole_slifmr.report.importance`.
+        importance: of each setting, see :func:`~recbole_slifmr.study.tables.importance`.
         runs: one row per seed of the winner, with its test scores.
         failures: why a seed of the winner has none, by run.
     """
@@ -152,7 +152,7 @@ def write_best(search: Search, winner: pd.Series, device: Mapping[str, Any]) -> 
         **{name: config[name] for name in ("seed", "epochs", "stopping_step", "eval_step", "valid_metric")},
         **device,
     }
-    metric = report.metric_title(config["valid_metric"].lower())
+    metric = tables.metric_title(config["valid_metric"].lower())
     lines = [
         f"# slifmr tune: {search.model} on {search.dataset}, search {search.search}, scheduler {search.scheduler}",
         f"# trials: {search.trials}",
@@ -176,7 +176,7 @@ def plot(search: Search, trials: pd.DataFrame, history: pd.DataFrame) -> pd.Seri
     names = list(search.space)
     plots.plot_search(search.out / "history.png", history, trials["trial"].iloc[0], metric)
     plots.plot_parallel(search.out / "parallel.html", trials, names, metric)
-    scores = report.importance(trials, names)
+    scores = statistics.importance(trials, names)
     if scores is not None:
         plots.plot_importance(search.out / "importance.png", scores, metric, int(trials["score"].notna().sum()))
     return scores

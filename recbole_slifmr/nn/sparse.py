@@ -1,6 +1,6 @@
 """Sparse matrices to multiply dense ones with: the products that a training step is made of, and their gradients.
 
-Pure, like ``graph.py``. On a CPU the products are those of MKL; ``docs/performance.md`` says what they cost.
+Pure, like ``nn/graph.py``. On a CPU the products are those of MKL; ``docs/performance.md`` says what they cost.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recbole_slifmr.graph import Edges
+from recbole_slifmr.nn.graph import Edges
 
 
 class SparseMatrix(nn.Module):

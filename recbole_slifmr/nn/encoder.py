@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recbole_slifmr.graph import (
+from recbole_slifmr.nn.graph import (
     Edges,
     blend,
     empty_edges,
@@ -22,8 +22,8 @@ from recbole_slifmr.graph import (
     sample_interactions,
     unique_edges,
 )
-from recbole_slifmr.layers import light_propagation
-from recbole_slifmr.sparse import RelationalMatrix, SparseMatrix
+from recbole_slifmr.nn.layers import light_propagation
+from recbole_slifmr.nn.sparse import RelationalMatrix, SparseMatrix
 
 RELATION_WEIGHTS = ("learned", "uniform")
 

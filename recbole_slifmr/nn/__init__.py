@@ -1,0 +1,1 @@
+"""The mathematics: graphs, sparse products, encoders, losses. Torch and scipy alone, nothing of RecBole."""

@@ -1,0 +1,1 @@
+"""One run: trainer, callbacks, evaluation, checkpoints, several processes."""
