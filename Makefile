@@ -10,7 +10,7 @@ run: $(READY)
 	$(BIN)/python run_recbole_slifmr.py --model=SLIFMR --dataset=ml-100k
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

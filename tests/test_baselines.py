@@ -13,13 +13,14 @@ from recbole.data.interaction import Interaction
 from recbole.utils import get_model
 from torch.nn import functional as F
 
-from recbole_slifmr import plugin
+import recbole_slifmr
 from recbole_slifmr.data.features import ItemFeatures
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.model.freedom import frozen_graph
 from recbole_slifmr.model.lattice import ModalityGraph, similarity_graph
 from recbole_slifmr.nn.graph import sample_interactions
 from recbole_slifmr.nn.loss import bpr_loss
+from recbole_slifmr.paths import PROPERTIES
 
 BASELINES = ("LATTICE", "VBPR", "FREEDOM", "BM3")
 
@@ -77,7 +78,7 @@ def test_any_number_of_modalities_moves_the_scores(tiny, build, model_name, n_mo
 
 @pytest.mark.parametrize("model_name", ["SLIFMR", *BASELINES, "XSimGCL"])
 def test_every_setting_is_explained_and_read(model_name):
-    path = plugin.PROPERTIES / "model" / f"{model_name}.yaml"
+    path = PROPERTIES / "model" / f"{model_name}.yaml"
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
     for line in lines:
         assert re.fullmatch(r"\w+: .+ +# \(\w+( or \w+)*\) .+\.", line), line
@@ -89,7 +90,8 @@ def test_every_setting_is_explained_and_read(model_name):
     assert looked_up <= settings | {"model", "train_neg_sample_args"}, (
         "a setting that the YAML lacks would silently be None"
     )
-    files = [path for path in Path(plugin.__file__).parent.rglob("*.py") if path.parent.name != "model"]
+    package = Path(recbole_slifmr.__file__).parent
+    files = [path for path in package.rglob("*.py") if path.parent.name != "model"]
     sources = [*files, inspect.getfile(modules[0]), inspect.getfile(recbole.trainer.Trainer)]
     read = {name for path in sources for name in re.findall(r'"(\w+)"', Path(path).read_text(encoding="utf-8"))}
     assert settings <= read

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import write_tiny
 
-from recbole_slifmr.cli import door
+from recbole_slifmr.cli import run_script
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.host.settings import parse_settings
 from recbole_slifmr.paths import ROOT
@@ -18,10 +18,10 @@ FAST = ["--epochs=1", "--show_progress=False", "--topk=[5]", "--valid_metric=Rec
 
 def command(*arguments, cwd, module=None):
     program = {
-        "door": [str(ROOT / "run_recbole_slifmr.py")],
+        "run_script": [str(ROOT / "run_recbole_slifmr.py")],
         "slifmr": ["-c", "from recbole_slifmr.cli import main; main()"],
         "run_recbole": ["-c", "from recbole_slifmr.cli import run_recbole; run_recbole()"],
-    }[module or "door"]
+    }[module or "run_script"]
     return subprocess.run(
         [sys.executable, *program, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300
     )
@@ -74,7 +74,7 @@ def test_odd_arguments_are_named(arguments, message):
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_door_runs_a_model_and_says_where_the_checkpoint_lies(work):
+def test_the_script_runs_a_model_and_says_where_the_checkpoint_lies(work):
     done = command(
         "--model=SLIFMR", "--dataset=tiny", "--epochs=2", "--topk=[5,10]", "--valid_metric=Recall@10", cwd=work
     )
@@ -177,7 +177,7 @@ def test_a_split_without_validation_or_test_still_ends_in_a_table(work, monkeypa
     monkeypatch.chdir(work)
     eval_args = {"split": split, "order": "RO", "group_by": "user", "mode": "full"}
     with pytest.raises(SystemExit) as stop:
-        door(["--dataset=tiny", f"--eval_args={eval_args}", "--state=ERROR", *FAST])
+        run_script(["--dataset=tiny", f"--eval_args={eval_args}", "--state=ERROR", *FAST])
     assert stop.value.code == 0
     assert "Recall@5" in capsys.readouterr().out
 
@@ -257,7 +257,7 @@ def test_bad_input_is_one_line_and_status_2(work, case, monkeypatch, capsys):
     (work / "words.yaml").write_text("just words\n")
     (work / "bad.yaml").write_text("a: [1\n")
     with pytest.raises(SystemExit) as stop:
-        door([*defaults, "--state=ERROR", *arguments])
+        run_script([*defaults, "--state=ERROR", *arguments])
     assert stop.value.code == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert message in said[-1]

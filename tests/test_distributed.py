@@ -15,7 +15,7 @@ from conftest import QUIET, write_tiny
 from recbole.trainer import Trainer
 from recbole.utils import get_trainer
 
-from recbole_slifmr.cli import door
+from recbole_slifmr.cli import run_script
 from recbole_slifmr.errors import DataError, ProcessError
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.training.distributed import launch, rank_and_count
@@ -160,7 +160,7 @@ def test_the_command_prints_the_table_and_one_process_loads_what_several_saved(d
 
     where = [f"--dataset={data.name}", f"--data_path={data.parent}"]
     with pytest.raises(SystemExit) as stop:
-        door(["--model=KGAT", *where, *ARGUMENTS, "--epochs=1", "--state=ERROR"])
+        run_script(["--model=KGAT", *where, *ARGUMENTS, "--epochs=1", "--state=ERROR"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0 and "KGAT on tiny" in shown and shown.count("1 epochs in") == 1
 

@@ -78,7 +78,7 @@ def run_recbole(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_invoke(train.run_recbole, "run_recbole", arguments))
 
 
-def door(arguments: Sequence[str] | None = None) -> None:
+def run_script(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``run_recbole_slifmr.py``: a command of ``slifmr`` if one is named, else ``run_recbole``."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and not arguments[0].startswith("-"):

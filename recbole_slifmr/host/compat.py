@@ -627,7 +627,7 @@ def anomaly_detection() -> bool:
     """Turn off the anomaly detection of autograd, which RecBole leaves on in the whole process.
 
     Importing SINE (`sine.py`), and so `get_model` for any knowledge-aware model, turns it on: every backward pass is
-    searched for NaN, which about doubles the time of a training step. Whoever wants it turns it on after importing this
+    searched for NaN, which about doubles the time of a training step. To use it, turn it on after importing this
     package. Not needed once that line is gone.
     """
     module = inspect.getmodule(getattr(sequential, "SINE", None))

@@ -69,8 +69,8 @@ class PruningCallback(Callback):
         trainer.model.prune_interactions(self.seed * 1_000_003 + epoch)
 
 
-class _BeginsAfresh(Callback):
-    """Forgets what it gathered when training starts, unless ``load_state_dict`` set ``_restored``."""
+class _StatefulCallback(Callback):
+    """A callback whose state is reset when training starts, unless ``load_state_dict`` has just restored it."""
 
     _restored = False
 
@@ -78,13 +78,13 @@ class _BeginsAfresh(Callback):
         raise NotImplementedError
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Begin afresh, unless a checkpoint was resumed."""
+        """Reset the state, unless a checkpoint was resumed."""
         if not self._restored:
             self._reset()
         self._restored = False
 
 
-class DiagnosticsCallback(_BeginsAfresh):
+class DiagnosticsCallback(_StatefulCallback):
     """Write the model's signs of failure to TensorBoard and warn, once each, when one shows.
 
     Runs first after an epoch, on the graphs that the epoch was trained with.
@@ -143,13 +143,13 @@ def refresh_graphs(model: Any) -> Any:
     return stats
 
 
-class SelfLoopCallback(_BeginsAfresh):
+class SelfLoopCallback(_StatefulCallback):
     """The self-loop of SLIF-MR: after an epoch, feed what the model learned back into its graphs.
 
     Calls ``model.refresh_graphs()``, in the first of several processes, and logs edges, turnover and seconds. With
-    ``interval: adaptive`` the gap between refreshes doubles while the correlation graph stands still (turnover below
-    ``low``), up to ``max_gap`` epochs, and halves while it moves (above ``high``); a validation score that stalls for
-    ``patience`` evaluations brings the next refresh forward.
+    ``interval: adaptive`` the gap between refreshes doubles, up to ``max_gap`` epochs, while the correlation graph
+    hardly changes (turnover below ``low``), and halves while it changes much (above ``high``). A validation score that
+    does not improve for ``patience`` evaluations brings the next refresh forward.
 
     Args:
         first_epoch: index of the first epoch (from 0) that ends with a refresh.
