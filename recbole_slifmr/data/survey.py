@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import scipy.sparse as sp
 from torch.nn import functional as F
 
@@ -36,7 +35,7 @@ def survey(config: Any, splits: Mapping[str, SLIFMRDataset], n_pairs: int = N_PA
     """Look at a data set.
 
     Args:
-        config: RecBole's configuration for SLIFMR.
+        config: RecBole's configuration for a model of this package.
         splits: the data set of ``train``, ``valid`` and ``test``.
         n_pairs: pairs of items to compare.
         seed: of their choice.
@@ -44,8 +43,8 @@ def survey(config: Any, splits: Mapping[str, SLIFMRDataset], n_pairs: int = N_PA
     Returns:
         what was found, fit for JSON; :func:`sections` puts it into tables, :func:`remarks` into words.
     """
-    memory = estimate_memory(config, splits["train"])  # first: it starts from what the process takes now
     train = splits["train"]
+    memory = config.model_class.estimate_memory(config, train)  # first: it starts from what the process takes now
     pairs = {name: _pairs(data) for name, data in splits.items()}
     modalities = {}
     covered = _linked(train)
@@ -253,54 +252,6 @@ def co_consumption_auc(pairs: np.ndarray, similarity: Similarity, n_pairs: int, 
 def _in_blocks(similarity: Similarity, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     starts = range(0, len(a), _BLOCK)
     return np.concatenate([similarity(a[i : i + _BLOCK], b[i : i + _BLOCK]) for i in starts])
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-
-def estimate_memory(config: Any, train: SLIFMRDataset) -> dict[str, float]:
-    """Estimate the memory in MB that training SLIFMR takes, part by part, from the sizes of its tensors.
-
-    ``process`` is what this process takes now, with libraries and data; the rest is added by training: what else of
-    the libraries it loads (65 MB, as measured), parameters with gradients and Adam's two moments, features with what is
-    computed of them ahead, graphs, and the largest tensors of a training step, of a refresh and of an evaluation, whose
-    memory the process keeps.
-    """
-    size, n_users, n_items = config["embedding_size"], train.user_num, train.item_num
-    dimensions = [features.values.shape[1] for features in train.item_features.values()]
-    n_nodes, n_triples = _kg_size(config, train)
-    has_kg = bool(n_triples)
-    n_views = 1 + len(dimensions) + has_kg
-    users, items = _pairs(train)
-    n_edges = len(np.unique(users * n_items + items))
-    n_feedback = 2 * config["refresh_k"] * n_items
-    batch, n_layers = config["train_batch_size"], config["kg_n_layers"]
-    table = 4 * size  # bytes of a row of a layer
-    layers = 5 * (n_users + n_items) * table + has_kg * (n_layers + 4) * n_nodes * table + 2 * n_triples * 28
-    contrasts = 4 * batch * ((2 * n_views + 1) * config["n_negatives"] + 30 * n_views * size)
-    parts = {
-        "process": psutil.Process().memory_info().rss,
-        "libraries of training": 65_000_000,
-        "parameters and Adam": 16 * size * (n_users + n_nodes + sum(dimensions) + 4 * n_views),
-        "features": 4 * sum(dimensions) * (2 * n_items + n_users),
-        "interaction graph": 40 * n_edges,
-        "item graphs": 8 * len(dimensions) * 2 * config["knn_k"] * n_items + n_feedback * (20 + 8 * n_views),
-        "knowledge graph": 2 * n_triples * (16 * n_layers + 24),
-        "training step": layers + contrasts,
-        "refresh and evaluation": 3 * 4 * 1024 * n_items + 24 * config["eval_batch_size"],
-    }
-    return {name: round(value / 1e6, 1) for name, value in parts.items()}
-
-
-def _kg_size(config: Any, data: SLIFMRDataset) -> tuple[int, int]:
-    """Return the nodes, items included, and the triples of the knowledge graph that SLIFMR trains on, at most."""
-    ends = data.triples[:, [0, 2]].numpy()
-    degree = np.bincount(ends.ravel(), minlength=data.entity_num)
-    allowed = degree >= config["kg_min_degree"]
-    if config["kg_max_degree"]:
-        allowed &= degree <= config["kg_max_degree"]
-    allowed[: data.item_num] = True
-    return int((allowed & (degree > 0))[data.item_num :].sum()) + data.item_num, int(allowed[ends].all(axis=1).sum())
 
 
 # -- words, tables, files ---------------------------------------------------------------------------------------------

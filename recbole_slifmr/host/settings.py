@@ -29,11 +29,11 @@ from recbole_slifmr.data.dataset import SETTINGS, SLIFMRDataset
 from recbole_slifmr.data.noise import read_noise
 from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
 from recbole_slifmr.model import MODELS
+from recbole_slifmr.model.settings import check
 from recbole_slifmr.paths import PROPERTIES, find_data_path
 
 NUMBERS = ("epochs", "train_batch_size", "eval_batch_size", "learning_rate", "eval_step", "stopping_step", "seed",
            "weight_decay", "loss_decimal_place", "metric_decimal_place", "cold_items")  # fmt: skip
-FREE_TYPES = ("modalities", "refresh_interval")  # each of more than one type, checked where it is read
 PAIRS_PER_BATCH = 65_536  # of a model that scores (user, item) pairs one by one
 # Settings that RecBole reads by other means than config["..."], or that only its own command line knows.
 _COMMAND_SETTINGS = ("model", "dataset", "config_files", "nproc", "ip", "port", "world_size", "group_offset")
@@ -251,17 +251,13 @@ def _check_noise(config: Config) -> None:
 
 
 def _check_types(config: Config) -> None:
-    """Refuse a setting whose type is not that of its default, for this package's settings and RecBole's numbers."""
-    path = PROPERTIES / "model" / f"{config.model}.yaml"
-    own = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for name, value in config.external_config_dict.items():
-        default = config.internal_config_dict.get(name)
-        if default is None or name in FREE_TYPES or not (name in own or name in NUMBERS):
-            continue
-        wanted = (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
-            kind = {bool: "True or False", int: "a whole number", float: "a number", str: "a word", list: "a list"}
-            raise SettingError(f"{name} must be {kind.get(type(default), type(default).__name__)}, not {value!r}")
+    """Refuse a number of RecBole's that is none, and what the model's settings refuse."""
+    for name in NUMBERS:
+        value, default = config.external_config_dict.get(name), config.internal_config_dict.get(name)
+        if name in config.external_config_dict and default is not None:
+            check(name, value, type(default))
+    if hasattr(config.model_class, "settings_class"):
+        config.model_class.settings_class.read(config)
 
 
 def unknown_settings(config: Config) -> list[str]:

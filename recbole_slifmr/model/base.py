@@ -1,12 +1,14 @@
-"""What the models of the package share: final embeddings that are cached, scores by inner product, item features."""
+"""What the models of the package share: settings, cached final embeddings, scores by inner product, LightGCN."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 from recbole.model.abstract_recommender import GeneralRecommender
+from recbole.model.init import xavier_uniform_initialization
 from recbole.utils import InputType
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,40 +16,94 @@ from torch.nn import functional as F
 from recbole_slifmr.data.cold import ColdScoring, is_cold
 from recbole_slifmr.data.features import ItemFeatures
 from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.model.settings import GraphSettings, ModelSettings
+from recbole_slifmr.nn.encoder import InteractionEncoder
+from recbole_slifmr.nn.loss import bpr_loss, l2_loss
 
 
 class EmbeddingRecommender(GeneralRecommender):
     """A model that scores by the inner product of final embeddings, computed once between training steps.
 
     ``forward`` of a model returns the final users ``[n_users, d]`` and items ``[n_items, d]``; its ``calculate_loss``
-    calls :meth:`clear_cache` first.
+    calls :meth:`clear_cache` first; its constructor ends with :meth:`reset_parameters`.
 
     Args:
         config: RecBole's configuration.
         dataset: a :class:`~recbole_slifmr.data.dataset.SLIFMRDataset`, the training split.
 
+    Attributes:
+        settings_class: declares the settings of the model.
+        loss_names: of the terms that ``calculate_loss`` returns.
+        needs_features: whether the model cannot do without item features.
+        needs_negatives: whether the model cannot do without sampled negative items.
+
     Raises:
-        SettingError: for a setting of the trainer that needs what the model cannot do.
+        SettingError: for a setting outside its limits, or of the trainer that needs what the model cannot do.
+        DataError: if the model needs item features and there are none.
     """
 
     input_type = InputType.PAIRWISE
+    settings_class: type[ModelSettings]
+    settings: ModelSettings
     loss_names: tuple[str, ...]
+    needs_features = False
+    needs_negatives = True
     warm: Tensor | None
     forward: Callable[[], tuple[Tensor, Tensor]]
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
+        self.settings = self.settings_class.read(config)
         for setting, method in (("prune_ratio", "prune_interactions"), ("self_loop", "refresh_graphs")):
-            if config[setting] and not hasattr(self, method):
+            if getattr(self.settings, setting) and not hasattr(self, method):
                 raise SettingError(f"{config['model']} cannot do what {setting} asks for: leave it off")
+        if self.needs_negatives and config["train_neg_sample_args"]["distribution"] == "none":
+            raise SettingError(
+                "train_neg_sample_args: the model learns from sampled negative items: name a distribution"
+            )
+        if self.needs_features and not dataset.item_features:
+            folder = config["feature_path"] or dataset.dataset_path
+            fix = f"put .npy files such as text.npy into {folder} or name them in 'modalities'"
+            if not self.settings.use_features:
+                fix = "set use_features to True"
+            raise DataError(f"{config['model']} needs item features and '{dataset.dataset_name}' has none: {fix}")
         self._final: tuple[Tensor, Tensor] | None = None
         warm = (~is_cold(dataset)).unsqueeze(1).to(self.device) if config["cold_items"] else None
         self.register_buffer("warm", warm, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters, as RecBole's models do: Xavier's uniform distribution, biases 0."""
+        self.apply(xavier_uniform_initialization)
 
     @classmethod
     def scores_cold(cls, config: Any) -> ColdScoring:
         """Say whether the model can score items without training interactions."""
         return ColdScoring(True, f"{config['model']} scores cold items by their features")
+
+    @classmethod
+    def estimate_memory(cls, config: Any, dataset: Any) -> dict[str, float]:
+        """Estimate the memory in MB that training takes, part by part, from the sizes of its tensors.
+
+        ``process`` is what this process takes now, with libraries and data; the rest is added by training: what else of
+        the libraries it loads (65 MB, as measured), :meth:`memory_parts`, and the scores of an evaluation.
+
+        Args:
+            config: RecBole's configuration.
+            dataset: the training split.
+        """
+        process = psutil.Process().memory_info().rss
+        parts = {
+            "process": process,
+            "libraries of training": 65_000_000,
+            **cls.memory_parts(cls.settings_class.read(config), dataset, config["train_batch_size"]),
+            "evaluation": 24 * config["eval_batch_size"],
+        }
+        return {name: round(value / 1e6, 1) for name, value in parts.items()}
+
+    @classmethod
+    def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
+        """Return the bytes of what the model adds: parameters, features, graphs, the largest tensors of a step."""
+        raise NotImplementedError
 
     def known(self, embedding: Tensor, items: Tensor | None = None) -> Tensor:
         """Return the ID embeddings of all items, or of ``items [B]``, zeros for cold ones, whose own are untrained."""
@@ -105,25 +161,52 @@ class EmbeddingRecommender(GeneralRecommender):
         return (users[interaction[self.USER_ID]] @ items.T).flatten()
 
 
-class MultimodalRecommender(EmbeddingRecommender):
-    """A model that needs item features.
+def full_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a method run without autocast: sparse products have no half precision."""
+    return torch.autocast("cpu", enabled=False)(torch.autocast("cuda", enabled=False)(method))
+
+
+class GraphRecommender(EmbeddingRecommender):
+    """A model with LightGCN's part: ID embeddings of users and items, propagated over the interactions.
 
     Args:
         config: RecBole's configuration.
         dataset: a :class:`~recbole_slifmr.data.dataset.SLIFMRDataset`, the training split.
-
-    Raises:
-        DataError: if the data set has no item features.
     """
+
+    settings: GraphSettings
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        if not dataset.item_features:
-            folder = config["feature_path"] or dataset.dataset_path
-            fix = f"put .npy files such as text.npy into {folder} or name them in 'modalities'"
-            if not config["use_features"]:
-                fix = "set use_features to True"
-            raise DataError(f"{config['model']} needs item features and '{dataset.dataset_name}' has none: {fix}")
+        self.user_embedding = nn.Embedding(self.n_users, self.settings.embedding_size)
+        self.item_embedding = nn.Embedding(self.n_items, self.settings.embedding_size)
+        self.interaction_encoder = InteractionEncoder(
+            self.training_interactions(dataset), self.n_users, self.n_items, self.settings.n_layers
+        )
+
+    @classmethod
+    def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
+        """Return the bytes of embeddings and projections with Adam's moments, features, the graph and its products."""
+        table, n_features = 4 * settings.embedding_size * (dataset.user_num + dataset.item_num), feature_size(dataset)
+        return {
+            "parameters and Adam": 4 * table + 16 * settings.embedding_size * n_features,
+            "features": 4 * n_features * dataset.item_num,
+            "interaction graph": 40 * len(dataset.inter_feat),
+            "training step": 5 * table + 16 * batch_size * n_features,
+        }
+
+    def bpr(self, users: Tensor, items: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+        """Return the BPR loss of ``users [B, d]`` and of the ids ``pos`` and ``neg [B]`` of ``items [n_items, d]``."""
+        return bpr_loss((users * items.index_select(0, pos)).sum(1), (users * items.index_select(0, neg)).sum(1))
+
+    def ego_norm(self, user: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+        """Return ``l2_loss`` of the ID embeddings of a batch, ids ``[B]`` each."""
+        return l2_loss(self.user_embedding(user), self.item_embedding(pos), self.item_embedding(neg))
+
+
+def feature_size(dataset: Any) -> int:
+    """Return the dimension of the features of all modalities side by side."""
+    return sum(features.values.shape[1] for features in dataset.item_features.values())
 
 
 def unit_rows(features: ItemFeatures) -> Tensor:

@@ -21,51 +21,50 @@ and are not scored: of cold items the model knows nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from recbole.model.init import xavier_uniform_initialization
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recbole_slifmr.data.cold import ColdScoring
-from recbole_slifmr.errors import SettingError
-from recbole_slifmr.model.base import FeatureProjection, MultimodalRecommender
-from recbole_slifmr.nn.encoder import InteractionEncoder
+from recbole_slifmr.model.base import FeatureProjection, GraphRecommender, full_precision
+from recbole_slifmr.model.settings import FeatureSettings, GraphSettings, PartOf, Weight
 from recbole_slifmr.nn.loss import cosine_distance, l2_loss
 
 
-class BM3(MultimodalRecommender):
+@dataclass(frozen=True)
+class BM3Settings(FeatureSettings, GraphSettings):
+    """The settings of BM3."""
+
+    dropout: PartOf
+    feature_weight: Weight
+    reg_weight: Weight
+
+
+class BM3(GraphRecommender):
     """LightGCN trained by predicting dropped-out targets of items, users and features.
 
     Args:
         config: RecBole's configuration; the settings are listed in ``properties/model/BM3.yaml``.
         dataset: a :class:`~recbole_slifmr.data.dataset.SLIFMRDataset`, the training split.
-
-    Raises:
-        SettingError: if ``dropout`` is outside [0, 1).
     """
 
+    settings_class = BM3Settings
+    settings: BM3Settings
+    needs_features = True
+    needs_negatives = False
     loss_names = ("rec", "align", "mask", "reg")
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        self.reg_weight: float = config["reg_weight"]
-        self.dropout: float = config["dropout"]
-        self.feature_weight: float = config["feature_weight"]
-        if not 0 <= self.dropout < 1:
-            raise SettingError(f"dropout must be in [0, 1), not {self.dropout}")
-        size = config["embedding_size"]
-        self.user_embedding = nn.Embedding(self.n_users, size)
-        self.item_embedding = nn.Embedding(self.n_items, size)
-        self.interaction_encoder = InteractionEncoder(
-            self.training_interactions(dataset), self.n_users, self.n_items, config["n_layers"]
-        )
+        size = self.settings.embedding_size
         self.projections: Mapping[str, FeatureProjection] = nn.ModuleDict(  # type: ignore[assignment]
             {name: FeatureProjection(features, size) for name, features in self.item_features(dataset).items()}
         )
         self.predictor = nn.Linear(size, size)
-        self.apply(xavier_uniform_initialization)
+        self.reset_parameters()
 
     @classmethod
     def scores_cold(cls, config: Any) -> ColdScoring:
@@ -84,10 +83,9 @@ class BM3(MultimodalRecommender):
 
     def target(self, representations: Tensor) -> Tensor:
         """Return what an online view should predict; no gradient passes."""
-        return F.dropout(representations.detach(), self.dropout, self.training)
+        return F.dropout(representations.detach(), self.settings.dropout, self.training)
 
-    @torch.autocast("cpu", enabled=False)  # sparse products have no half precision
-    @torch.autocast("cuda", enabled=False)
+    @full_precision
     def calculate_loss(self, interaction: Any) -> tuple[Tensor, ...]:
         """Return the terms of the loss for a batch of (user, item); negative items are not looked at."""
         self.clear_cache()
@@ -105,4 +103,9 @@ class BM3(MultimodalRecommender):
             align = align + cosine_distance(online, item_target[rows])
             mask = mask + cosine_distance(online, self.target(h_feature))
         reg = l2_loss(h_user, h_item)
-        return rec, self.feature_weight * align, self.feature_weight * mask, self.reg_weight * reg
+        return (
+            rec,
+            self.settings.feature_weight * align,
+            self.settings.feature_weight * mask,
+            self.settings.reg_weight * reg,
+        )

@@ -19,16 +19,16 @@ code fine-tunes them). The ID embedding of a cold item counts as zero: its neigh
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from recbole.model.init import xavier_uniform_initialization
 from torch import Tensor, nn
 
 from recbole_slifmr.data.features import ItemFeatures
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.model.base import FeatureProjection, MultimodalRecommender
-from recbole_slifmr.nn.encoder import InteractionEncoder
+from recbole_slifmr.model.base import FeatureProjection, GraphRecommender, full_precision
+from recbole_slifmr.model.settings import Count, FeatureSettings, GraphSettings, Weight, Whole
 from recbole_slifmr.nn.graph import Edges, normalized_knn, sum_edges
 from recbole_slifmr.nn.loss import bpr_loss
 from recbole_slifmr.nn.sparse import SparseMatrix
@@ -58,7 +58,17 @@ def frozen_graph(features: Mapping[str, ItemFeatures], k: int, weights: Mapping[
     )
 
 
-class FREEDOM(MultimodalRecommender):
+@dataclass(frozen=True)
+class FREEDOMSettings(FeatureSettings, GraphSettings):
+    """The settings of FREEDOM."""
+
+    item_n_layers: Whole
+    knn_k: Count
+    modality_weights: dict | None
+    feature_weight: Weight
+
+
+class FREEDOM(GraphRecommender):
     """LightGCN on pruned interactions plus the item embeddings propagated over a frozen item graph.
 
     Args:
@@ -66,52 +76,54 @@ class FREEDOM(MultimodalRecommender):
         dataset: a :class:`~recbole_slifmr.data.dataset.SLIFMRDataset`, the training split.
     """
 
+    settings_class = FREEDOMSettings
+    settings: FREEDOMSettings
+    needs_features = True
     loss_names = ("bpr", "feature")
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        self.item_n_layers: int = config["item_n_layers"]
-        self.prune_ratio: float = config["prune_ratio"]
-        self.feature_weight: float = config["feature_weight"]
-        size = config["embedding_size"]
         features = self.item_features(dataset)
-        self.user_embedding = nn.Embedding(self.n_users, size)
-        self.item_embedding = nn.Embedding(self.n_items, size)
-        self.interaction_encoder = InteractionEncoder(
-            self.training_interactions(dataset), self.n_users, self.n_items, config["n_layers"]
-        )
-        item_graph = frozen_graph(features, config["knn_k"], config["modality_weights"])
+        item_graph = frozen_graph(features, self.settings.knn_k, self.settings.modality_weights)
         self.item_graph = SparseMatrix(item_graph, (self.n_items, self.n_items))
         self.projections: Mapping[str, FeatureProjection] = nn.ModuleDict(  # type: ignore[assignment]
-            {name: FeatureProjection(features[name], size, bias=False) for name in features}
+            {name: FeatureProjection(features[name], self.settings.embedding_size, bias=False) for name in features}
         )
-        self.apply(xavier_uniform_initialization)
+        self.reset_parameters()
+
+    @classmethod
+    def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
+        """Return the bytes of the base, of the item graph and of a pruned copy of the interactions."""
+        parts = super().memory_parts(settings, dataset, batch_size)
+        n_edges = 2 * settings.knn_k * dataset.item_num * len(dataset.item_features)
+        parts["item graphs"] = 12 * 1024 * dataset.item_num + 60 * n_edges
+        parts["interaction graph"] *= 1 + (settings.prune_ratio > 0)
+        return parts
 
     def prune_interactions(self, seed: int) -> None:
         """Draw anew which interactions are left out of training propagation."""
-        self.interaction_encoder.prune(self.prune_ratio, seed)
+        self.interaction_encoder.prune(self.settings.prune_ratio, seed)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return the final embeddings of all users and items ``[n, d]``."""
         hidden = item_embedding = self.known(self.item_embedding.weight)
-        for _ in range(self.item_n_layers):
+        for _ in range(self.settings.item_n_layers):
             hidden = self.item_graph.multiply(hidden)
         users, items = self.interaction_encoder(self.user_embedding.weight, item_embedding)
         return users, items + hidden
 
-    @torch.autocast("cpu", enabled=False)  # sparse products have no half precision
-    @torch.autocast("cuda", enabled=False)
+    @full_precision
     def calculate_loss(self, interaction: Any) -> tuple[Tensor, ...]:
         """Return BPR of the final items and of their features, for a batch of (user, positive item, negative item)."""
         self.clear_cache()
         user, pos, neg = self.batch_ids(interaction)
         users, items = self()
         z_user = users.index_select(0, user)
-        bpr = bpr_loss((z_user * items.index_select(0, pos)).sum(1), (z_user * items.index_select(0, neg)).sum(1))
+        bpr = self.bpr(z_user, items, pos, neg)
         feature = torch.zeros_like(bpr)
         for projection in self.projections.values():
             both = (projection.mask[pos] & projection.mask[neg]).nonzero().squeeze(1)
             if len(both):
                 scores = [(z_user[both] * projection(ids[both])).sum(1) for ids in (pos, neg)]
                 feature = feature + bpr_loss(*scores)
-        return bpr, self.feature_weight * feature
+        return bpr, self.settings.feature_weight * feature

@@ -11,8 +11,9 @@ neighbours, normalised symmetrically:
     \qquad z_i = e_i^{\mathrm{LightGCN}} + (A^L E)_i / \|(A^L E)_i\| .
 
 The graph is built once an epoch: in the first batch after :meth:`LATTICE.start_epoch` gradients reach the projections
-and the modality weights, in the others it is a constant, as in the authors' code. Evaluation builds it from the
-parameters as they are: they determine the scores, and a checkpoint needs nothing more.
+and the modality weights, in the others it is a constant, as in the authors' code. Evaluation takes that of the
+parameters as they are: they determine the scores, and a checkpoint needs nothing more. It is built anew only when they
+have changed, so that a sampler of negatives that asks for scores before every batch finds it ready.
 
 Here it is sparse: the neighbours are found in blocks without gradient, then the cosines of just these edges are taken
 with it. Deviations: neighbourhoods are undirected, without i->i edge and without negative cosines; items lacking a
@@ -24,19 +25,17 @@ The ID embedding of a cold item counts as zero: its neighbours alone say what it
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from recbole.model.init import xavier_uniform_initialization
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recbole_slifmr.data.features import ItemFeatures
-from recbole_slifmr.errors import SettingError
-from recbole_slifmr.model.base import FeatureProjection, MultimodalRecommender
-from recbole_slifmr.nn.encoder import InteractionEncoder
+from recbole_slifmr.model.base import FeatureProjection, GraphRecommender, full_precision
+from recbole_slifmr.model.settings import Count, FeatureSettings, GraphSettings, Share, Weight, Whole
 from recbole_slifmr.nn.graph import Edges, blend, knn_graph, normalize_symmetric, sum_edges
-from recbole_slifmr.nn.loss import bpr_loss, l2_loss
 from recbole_slifmr.nn.sparse import SparseMatrix
 
 
@@ -88,40 +87,51 @@ class ModalityGraph(FeatureProjection):
         return blend(initial, learned, 1 - self.lambda_coeff, len(self.mask))
 
 
-class LATTICE(MultimodalRecommender):
+@dataclass(frozen=True)
+class LATTICESettings(FeatureSettings, GraphSettings):
+    """The settings of LATTICE."""
+
+    item_n_layers: Whole
+    feature_embedding_size: Count
+    knn_k: Count
+    lambda_coeff: Share
+    reg_weight: Weight
+
+
+class LATTICE(GraphRecommender):
     """LightGCN plus the item embeddings propagated over a learned item graph.
 
     Args:
         config: RecBole's configuration; the settings are listed in ``properties/model/LATTICE.yaml``.
         dataset: a :class:`~recbole_slifmr.data.dataset.SLIFMRDataset`, the training split.
-
-    Raises:
-        SettingError: if ``lambda_coeff`` is outside [0, 1].
     """
 
+    settings_class = LATTICESettings
+    settings: LATTICESettings
+    needs_features = True
     loss_names = ("bpr", "reg")
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        self.reg_weight: float = config["reg_weight"]
-        self.item_n_layers: int = config["item_n_layers"]
-        size, lambda_coeff = config["embedding_size"], config["lambda_coeff"]
-        if not 0 <= lambda_coeff <= 1:
-            raise SettingError(f"lambda_coeff must be in [0, 1], not {lambda_coeff}")
-        self.user_embedding = nn.Embedding(self.n_users, size)
-        self.item_embedding = nn.Embedding(self.n_items, size)
-        self.interaction_encoder = InteractionEncoder(
-            self.training_interactions(dataset), self.n_users, self.n_items, config["n_layers"]
-        )
+        settings = self.settings
         self.modality_graphs: Mapping[str, ModalityGraph] = nn.ModuleDict(  # type: ignore[assignment]
             {
-                name: ModalityGraph(features, config["feature_embedding_size"], config["knn_k"], lambda_coeff)
+                name: ModalityGraph(features, settings.feature_embedding_size, settings.knn_k, settings.lambda_coeff)
                 for name, features in self.item_features(dataset).items()
             }
         )
         self.modality_weight = nn.Parameter(torch.zeros(len(self.modality_graphs)))
         self.item_graph: SparseMatrix | None = None
-        self.apply(xavier_uniform_initialization)
+        self._evaluated: tuple[Tensor, SparseMatrix] | None = None
+        self.reset_parameters()
+
+    @classmethod
+    def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
+        """Return the bytes of the base and of the item graphs, which keep two projected rows of each learned edge."""
+        parts = super().memory_parts(settings, dataset, batch_size)
+        n_edges = 2 * settings.knn_k * dataset.item_num * len(dataset.item_features)
+        parts["item graphs"] = 12 * 1024 * dataset.item_num + (200 + 8 * settings.feature_embedding_size) * n_edges
+        return parts
 
     def start_epoch(self) -> None:
         """Have the next training batch build the item graph anew."""
@@ -137,29 +147,45 @@ class LATTICE(MultimodalRecommender):
             self.n_items,
         )
 
+    @torch.no_grad()
+    def _graph_of_parameters(self) -> SparseMatrix:
+        """Return the item graph of the parameters as they are, built when they are others than the last time."""
+        parameters = torch.cat(
+            [
+                self.modality_weight,
+                *(p.flatten() for graph in self.modality_graphs.values() for p in graph.parameters()),
+            ]
+        )
+        if self._evaluated is None or not _same(self._evaluated[0], parameters):
+            shape = (self.n_items, self.n_items)
+            self._evaluated = parameters, SparseMatrix(self.build_item_graph(), shape)
+        return self._evaluated[1]
+
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return the final embeddings of all users and items ``[n, d]``, in training over the epoch's item graph."""
         weight = None
-        graph = self.item_graph if self.training else None
-        if graph is None:
+        if not self.training:
+            graph = self._graph_of_parameters()
+        elif self.item_graph is not None:
+            graph = self.item_graph
+        else:
             index, weight = self.build_item_graph()
-            graph = SparseMatrix(Edges(index, weight.detach()), (self.n_items, self.n_items))
-            if self.training:
-                self.item_graph = graph
+            graph = self.item_graph = SparseMatrix(Edges(index, weight.detach()), (self.n_items, self.n_items))
         hidden = item_embedding = self.known(self.item_embedding.weight)
-        for _ in range(self.item_n_layers):
+        for _ in range(self.settings.item_n_layers):
             hidden = graph.multiply(hidden, weight)
         users, items = self.interaction_encoder(self.user_embedding.weight, item_embedding)
         return users, items + F.normalize(hidden, dim=1)
 
-    @torch.autocast("cpu", enabled=False)  # sparse products have no half precision
-    @torch.autocast("cuda", enabled=False)
+    @full_precision
     def calculate_loss(self, interaction: Any) -> tuple[Tensor, ...]:
         """Return BPR and the regularisation of a batch of (user, positive item, negative item)."""
         self.clear_cache()
         user, pos, neg = self.batch_ids(interaction)
         users, items = self()
-        z_user = users.index_select(0, user)
-        bpr = bpr_loss((z_user * items.index_select(0, pos)).sum(1), (z_user * items.index_select(0, neg)).sum(1))
-        reg = l2_loss(self.user_embedding(user), self.item_embedding(pos), self.item_embedding(neg))
-        return bpr, self.reg_weight * reg
+        bpr = self.bpr(users.index_select(0, user), items, pos, neg)
+        return bpr, self.settings.reg_weight * self.ego_norm(user, pos, neg)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)

@@ -14,17 +14,27 @@ and :math:`\beta_i` stays zero: its features alone are scored.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from recbole.model.init import xavier_uniform_initialization
 from torch import Tensor, nn
 
-from recbole_slifmr.model.base import MultimodalRecommender, unit_rows
+from recbole_slifmr.model.base import EmbeddingRecommender, feature_size, unit_rows
+from recbole_slifmr.model.settings import Count, FeatureSettings, Weight
 from recbole_slifmr.nn.loss import bpr_loss, l2_loss
 
 
-class VBPR(MultimodalRecommender):
+@dataclass(frozen=True)
+class VBPRSettings(FeatureSettings):
+    """The settings of VBPR."""
+
+    feature_embedding_size: Count
+    feature_bias: bool
+    reg_weight: Weight
+
+
+class VBPR(EmbeddingRecommender):
     """Preferences for items as such and for their features, added up.
 
     Args:
@@ -32,13 +42,15 @@ class VBPR(MultimodalRecommender):
         dataset: a :class:`~recbole_slifmr.data.dataset.SLIFMRDataset`, the training split.
     """
 
+    settings_class = VBPRSettings
+    settings: VBPRSettings
+    needs_features = True
     loss_names = ("bpr", "reg")
     features: Tensor
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        self.reg_weight: float = config["reg_weight"]
-        size, feature_size = config["embedding_size"], config["feature_embedding_size"]
+        size, feature_size = self.settings.embedding_size, self.settings.feature_embedding_size
         values = torch.cat([unit_rows(features) for features in self.item_features(dataset).values()], dim=1)
         self.register_buffer("features", values, persistent=False)
         self.user_embedding = nn.Embedding(self.n_users, size)
@@ -46,9 +58,25 @@ class VBPR(MultimodalRecommender):
         self.item_bias = nn.Embedding(self.n_items, 1)
         self.user_taste = nn.Embedding(self.n_users, feature_size)
         self.projection = nn.Linear(values.shape[1], feature_size, bias=False)
-        self.feature_bias = nn.Linear(values.shape[1], 1, bias=False) if config["feature_bias"] else None
-        self.apply(xavier_uniform_initialization)
+        self.feature_bias = nn.Linear(values.shape[1], 1, bias=False) if self.settings.feature_bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start without item biases."""
+        super().reset_parameters()
         nn.init.zeros_(self.item_bias.weight)
+
+    @classmethod
+    def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
+        """Return the bytes of the parameters, of the features and of those of a batch."""
+        n_features, n_users, n_items = feature_size(dataset), dataset.user_num, dataset.item_num
+        n_parameters = (n_users + n_items) * settings.embedding_size
+        n_parameters += (n_users + n_features) * settings.feature_embedding_size
+        return {
+            "parameters and Adam": 16 * n_parameters,
+            "features": 8 * n_features * n_items,
+            "training step": 16 * batch_size * n_features,
+        }
 
     def item_representations(self, items: Tensor) -> Tensor:
         """Return what the score multiplies ``[user_embedding, user_taste, 1]`` with, ``[B, d + d_f + 1]``."""
@@ -78,4 +106,4 @@ class VBPR(MultimodalRecommender):
             self.user_embedding(user), self.user_taste(user),
             self.item_embedding(pos), self.item_embedding(neg), self.item_bias(pos), self.item_bias(neg),
         )  # fmt: skip
-        return bpr_loss(*scores), self.reg_weight * reg
+        return bpr_loss(*scores), self.settings.reg_weight * reg

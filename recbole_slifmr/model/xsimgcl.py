@@ -18,22 +18,39 @@ knowledge graph are read: of cold items, which no layer but 0 reaches, the model
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from recbole.model.init import xavier_uniform_initialization
-from torch import Tensor, nn
+from torch import Tensor
 
 from recbole_slifmr.data.cold import ColdScoring
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.model.base import EmbeddingRecommender
-from recbole_slifmr.nn.encoder import InteractionGraph
-from recbole_slifmr.nn.graph import unique_edges
+from recbole_slifmr.model.base import GraphRecommender, full_precision
+from recbole_slifmr.model.settings import Count, GraphSettings, Positive, Weight
 from recbole_slifmr.nn.layers import unit
-from recbole_slifmr.nn.loss import bpr_loss, collision_mask, info_nce, l2_loss
+from recbole_slifmr.nn.loss import collision_mask, info_nce
 
 
-class XSimGCL(EmbeddingRecommender):
+@dataclass(frozen=True)
+class XSimGCLSettings(GraphSettings):
+    """The settings of XSimGCL."""
+
+    eps: Weight
+    contrast_layer: int
+    cl_weight: Weight
+    temperature: Positive
+    reg_weight: Weight
+    n_negatives: Count = 4096  # checkpoints from before it was a setting lack it
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.contrast_layer <= self.n_layers:
+            raise SettingError(
+                f"contrast_layer must be from 1 to n_layers, here {self.n_layers}, not {self.contrast_layer}"
+            )
+
+
+class XSimGCL(GraphRecommender):
     """LightGCN without layer 0, trained with noise and a contrast across layers.
 
     Args:
@@ -41,32 +58,24 @@ class XSimGCL(EmbeddingRecommender):
         dataset: a :class:`~recbole_slifmr.data.dataset.SLIFMRDataset`, the training split.
 
     Raises:
-        SettingError: if ``eps`` is negative, ``temperature`` not positive or ``contrast_layer`` none of the layers.
+        SettingError: for a setting outside its limits; if ``contrast_layer`` is none of the layers.
     """
 
+    settings_class = XSimGCLSettings
+    settings: XSimGCLSettings
     loss_names = ("bpr", "contrast", "reg")
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        self.n_layers: int = config["n_layers"]
-        self.eps: float = config["eps"]
-        self.contrast_layer: int = config["contrast_layer"]
-        self.cl_weight: float = config["cl_weight"]
-        self.temperature: float = config["temperature"]
-        self.reg_weight: float = config["reg_weight"]
-        if self.eps < 0:
-            raise SettingError(f"eps must be 0 or more, not {self.eps}")
-        if self.temperature <= 0:
-            raise SettingError(f"temperature must be above 0, not {self.temperature}")
-        if not 1 <= self.contrast_layer <= self.n_layers:
-            raise SettingError(
-                f"contrast_layer must be from 1 to n_layers, here {self.n_layers}, not {self.contrast_layer}"
-            )
-        self.user_embedding = nn.Embedding(self.n_users, config["embedding_size"])
-        self.item_embedding = nn.Embedding(self.n_items, config["embedding_size"])
-        edge_index = unique_edges(self.training_interactions(dataset), self.n_items)
-        self.graph = InteractionGraph(edge_index, self.n_users, self.n_items)
-        self.apply(xavier_uniform_initialization)
+        self.reset_parameters()
+
+    @classmethod
+    def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
+        """Return the bytes of the base, of noise and signs in every layer and of the similarities of the contrast."""
+        parts = super().memory_parts(settings, dataset, batch_size)
+        parts["training step"] *= 1 + settings.n_layers
+        parts["training step"] += 24 * batch_size * min(batch_size, settings.n_negatives)
+        return parts
 
     @classmethod
     def scores_cold(cls, config: Any) -> ColdScoring:
@@ -77,14 +86,14 @@ class XSimGCL(EmbeddingRecommender):
         """Move each row by ``eps`` away from zero, in training only; what is zero stays it."""
         if not self.training:
             return rows
-        return rows + self.eps * rows.detach().sign() * unit(torch.rand_like(rows))
+        return rows + self.settings.eps * rows.detach().sign() * unit(torch.rand_like(rows))
 
     def encode(self) -> list[tuple[Tensor, Tensor]]:
         """Return all users and items of each layer from 1 on, ``[n, d]``."""
         users, items = self.user_embedding.weight, self.item_embedding.weight
-        layers = []
-        for _ in range(self.n_layers):
-            next_users, next_items = self.graph.matrix.multiply(items), self.graph.matrix.multiply_transposed(users)
+        matrix, layers = self.interaction_encoder.graph.matrix, []
+        for _ in range(self.settings.n_layers):
+            next_users, next_items = matrix.multiply(items), matrix.multiply_transposed(users)
             users, items = self.perturb(next_users), self.perturb(next_items)
             layers.append((users, items))
         return layers
@@ -94,25 +103,30 @@ class XSimGCL(EmbeddingRecommender):
         return _mean(self.encode())
 
     def contrast(self, final: Tensor, layer: Tensor, ids: Tensor) -> Tensor:
-        """Return InfoNCE of ``final`` against ``layer``, ``[n, d]`` each, among the distinct ``ids [B]``."""
-        ids = ids.unique()
-        key = layer.index_select(0, ids)
-        return info_nce(final.index_select(0, ids), key, key, collision_mask(ids, ids), self.temperature)
+        """Return InfoNCE of ``final`` against ``layer``, ``[n, d]`` each, among the distinct ``ids [B]``.
 
-    @torch.autocast("cpu", enabled=False)  # sparse products have no half precision
-    @torch.autocast("cuda", enabled=False)
+        With more of them than ``n_negatives``, so many drawn uniformly are the negatives: time and memory would grow
+        with the square of the batch.
+        """
+        ids = others = ids.unique()
+        key = negative = layer.index_select(0, ids)
+        if len(ids) > self.settings.n_negatives:
+            drawn = torch.randperm(len(ids), device=ids.device)[: self.settings.n_negatives]
+            others, negative = ids[drawn], key.index_select(0, drawn)
+        mask = collision_mask(ids, others)
+        return info_nce(final.index_select(0, ids), key, negative, mask, self.settings.temperature)
+
+    @full_precision
     def calculate_loss(self, interaction: Any) -> tuple[Tensor, ...]:
         """Return the weighted terms of the loss for a batch of (user, positive item, negative item)."""
         self.clear_cache()
         user, pos, neg = self.batch_ids(interaction)
         layers = self.encode()
         users, items = _mean(layers)
-        layer_users, layer_items = layers[self.contrast_layer - 1]
-        z_user = users.index_select(0, user)
-        bpr = bpr_loss((z_user * items.index_select(0, pos)).sum(1), (z_user * items.index_select(0, neg)).sum(1))
+        layer_users, layer_items = layers[self.settings.contrast_layer - 1]
+        bpr = self.bpr(users.index_select(0, user), items, pos, neg)
         contrast = self.contrast(users, layer_users, user) + self.contrast(items, layer_items, pos)
-        reg = l2_loss(self.user_embedding(user), self.item_embedding(pos), self.item_embedding(neg))
-        return bpr, self.cl_weight * contrast, self.reg_weight * reg
+        return bpr, self.settings.cl_weight * contrast, self.settings.reg_weight * self.ego_norm(user, pos, neg)
 
 
 def _mean(layers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -207,9 +207,13 @@ def knn_recall(features: Tensor, edge_index: Tensor, k: int, mask: Tensor | None
 
 def normalized_knn(features: Tensor, k: int, mask: Tensor | None = None, search: str = "exact") -> Edges:
     """Return :func:`knn_graph` with its symmetric normalisation."""
-    edge_index = knn_graph(features, k, mask, search=search)
-    n = features.shape[0]
-    return Edges(edge_index, normalize_symmetric(edge_index, features.new_ones(edge_index.shape[1]), (n, n)))
+    return unweighted(knn_graph(features, k, mask, search=search), len(features), features.dtype)
+
+
+def unweighted(edge_index: Tensor, n: int, dtype: torch.dtype | None = None) -> Edges:
+    """Return the edges ``[2, E]`` over ``n`` nodes with the normalised weights that they have if all weigh the same."""
+    ones = torch.ones(edge_index.shape[1], dtype=dtype, device=edge_index.device)
+    return Edges(edge_index, normalize_symmetric(edge_index, ones, (n, n)))
 
 
 def blend(initial: Edges, feedback: Edges, eta: float, n: int) -> Edges:
@@ -221,6 +225,39 @@ def blend(initial: Edges, feedback: Edges, eta: float, n: int) -> Edges:
         torch.cat([(1 - eta) * initial.edge_weight, eta * feedback.edge_weight]),
         n,
     )
+
+
+class RefreshStats(NamedTuple):
+    """What a refresh did.
+
+    Attributes:
+        edges: edges of the correlation graph.
+        turnover: the share of them that the last one did not have.
+        recall: the share of the exact nearest neighbours that it has, of a sample of the items; 1 for an exact search.
+    """
+
+    edges: int
+    turnover: float
+    recall: float = 1.0
+
+
+def correlation_graph(items: Tensor, k: int, search: str, last: Tensor) -> tuple[Tensor, RefreshStats]:
+    """Link each item, the padding item 0 apart, with its k nearest neighbours; see :func:`knn_graph`.
+
+    Args:
+        items: ``[n_items, d]``.
+        k: neighbours per item.
+        search: one of ``KNN_SEARCHES``.
+        last: the graph that this one follows, ``[2, E]``.
+
+    Returns:
+        ``edge_index [2, E']``, and how it differs from the last one and from the exact graph.
+    """
+    mask = torch.ones(len(items), dtype=torch.bool, device=items.device)
+    mask[0] = False
+    index = knn_graph(items, k, mask, search=search)
+    recall = 1.0 if search == "exact" else knn_recall(items, index, k, mask)
+    return index, RefreshStats(index.shape[1], edge_turnover(last.to(index.device), index, len(items)), recall)
 
 
 def edge_turnover(old: Tensor, new: Tensor, n: int) -> float:

@@ -1,0 +1,227 @@
+r"""Items and users seen through several views, fused: the representations of SLIF-MR (arXiv 2507.09998).
+
+A view each of the interactions, of each modality and of the knowledge graph, with a graph and an encoder of its own
+(``nn/encoder.py``), and attentive fusion of them (``nn/layers.py``). How much the fused views and popularity count
+depends on the data (``nn/density.py``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recbole_slifmr.errors import SettingError
+from recbole_slifmr.model.base import GraphRecommender, feature_size
+from recbole_slifmr.model.settings import Count, FeatureSettings, GraphSettings, Weight, Whole
+from recbole_slifmr.nn.density import Density
+from recbole_slifmr.nn.encoder import RELATION_WEIGHTS, FeatureEncoder, KnowledgeEncoder, filter_by_degree
+from recbole_slifmr.nn.graph import KNN_SEARCHES
+from recbole_slifmr.nn.layers import FUSIONS, Fusion, unit
+from recbole_slifmr.nn.sparse import SparseMatrix
+
+
+class Views(NamedTuple):
+    """Every node seen through every view.
+
+    Attributes:
+        users: ``[n_users, V, d]``.
+        items: ``[n_items, V, d]``.
+        user_mask: ``[n_users, V]`` bool, whether the user has the view.
+        item_mask: ``[n_items, V]`` bool.
+    """
+
+    users: Tensor
+    items: Tensor
+    user_mask: Tensor
+    item_mask: Tensor
+
+
+@dataclass(frozen=True)
+class FusedSettings(FeatureSettings, GraphSettings):
+    """The settings of encoders, fusion and score."""
+
+    feature_n_layers: Whole
+    kg_n_layers: Whole
+    knn_k: Count
+    knn_search: Annotated[str, KNN_SEARCHES]
+    item_graph_weight: Weight
+    feature_gate: bool
+    kg_ego: bool
+    kg_relation_weight: Annotated[str, RELATION_WEIGHTS]
+    kg_min_degree: Whole
+    kg_max_degree: Whole
+    fusion: Annotated[str, FUSIONS]
+    fusion_residual: bool
+    normalize_views: bool
+    dense_at: Weight
+    popularity: bool
+
+
+class FusedRecommender(GraphRecommender):
+    """Score by representations that are fused of several views; a model adds how they are learned.
+
+    Runs with any subset of its inputs: no knowledge graph, no modality, items missing from either.
+
+    Args:
+        config: RecBole's configuration.
+        dataset: a :class:`~recbole_slifmr.data.dataset.SLIFMRDataset`, the training split.
+
+    Raises:
+        SettingError: for an approximate search without FAISS.
+    """
+
+    settings: FusedSettings
+    popularity: Tensor | None
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        settings = self.settings
+        if settings.knn_search == "approximate" and importlib.util.find_spec("faiss") is None:
+            raise SettingError("knn_search: approximate needs FAISS: pip install faiss-cpu, or set it to exact")
+        self.embedding_size = size = settings.embedding_size
+        self.density = Density.of(dataset.inter_feat[self.USER_ID], settings.dense_at)
+
+        # encoders beside that of the interactions, one per graph
+        self.feature_encoders: Mapping[str, FeatureEncoder] = nn.ModuleDict(  # type: ignore[assignment]
+            {
+                modality: FeatureEncoder(
+                    *features,
+                    size,
+                    settings.knn_k,
+                    settings.feature_n_layers,
+                    settings.feature_gate,
+                    settings.knn_search,
+                )
+                for modality, features in self.item_features(dataset).items()
+            }
+        )
+        self.kg_encoder = None
+        if len(dataset.triples):
+            self.kg_encoder = KnowledgeEncoder(
+                dataset.triples.to(self.device),
+                dataset.entity_num,
+                self.n_items,
+                size,
+                settings.kg_n_layers,
+                settings.kg_relation_weight,
+                (settings.kg_min_degree, settings.kg_max_degree),
+                settings.kg_ego,
+            )
+
+        # fusion and score
+        self.view_names = ["interaction", *self.feature_encoders, *(["kg"] if self.kg_encoder is not None else [])]
+        self.user_fusion = Fusion(settings.fusion, len(self.view_names), size)
+        self.item_fusion = Fusion(settings.fusion, len(self.view_names), size)
+        popularity = None
+        if settings.popularity and self.density.share < 1:
+            warm = None if self.warm is None else self.warm.squeeze(1)
+            popularity = self.density.popularity(self.training_interactions(dataset)[1], self.n_items, warm)
+            self.popularity_weight = nn.Parameter(torch.zeros(()))
+        self.register_buffer("popularity", popularity, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters; fusion starts as the plain mean of the views."""
+        super().reset_parameters()
+        self.user_fusion.reset_parameters()
+        self.item_fusion.reset_parameters()
+
+    @classmethod
+    def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
+        """Return the bytes of the base, of features propagated ahead and of the knowledge graph."""
+        parts = super().memory_parts(settings, dataset, batch_size)
+        n_items, size, n_layers = dataset.item_num, settings.embedding_size, settings.kg_n_layers
+        degrees = settings.kg_min_degree, settings.kg_max_degree
+        triples = filter_by_degree(dataset.triples, dataset.entity_num, n_items, degrees)
+        n_others = int((triples[:, [0, 2]].unique() >= n_items).sum())
+        parts["parameters and Adam"] += 16 * size * n_others
+        parts["features"] = 4 * feature_size(dataset) * (2 * n_items + dataset.user_num)
+        parts["item graphs"] = 16 * len(dataset.item_features) * settings.knn_k * n_items
+        parts["knowledge graph"] = 2 * len(triples) * (16 * n_layers + 52)
+        parts["training step"] += 4 * size * (n_layers + 4) * (n_items + n_others) * (len(triples) > 0)
+        return parts
+
+    def encode(self, users: Tensor | None = None, items: Tensor | None = None) -> Views:
+        """Run every encoder over the whole graphs; return all nodes, or the ``users [B]`` and ``items [C]`` asked for.
+
+        Features without a gate are computed for the nodes asked for only: see ``FeatureEncoder``.
+        """
+        graph, item_embedding = self.interaction_encoder.graph, self.known(self.item_embedding.weight)
+        u_c, i_c = self.interaction_encoder(self.user_embedding.weight, item_embedding)
+        masks = [torch.ones(self.n_items, dtype=torch.bool, device=i_c.device)]
+        if self.warm is not None:
+            i_c = lend_interactions(i_c, self.warm, [encoder.graph for encoder in self.feature_encoders.values()])
+            masks = [i_c.detach().any(dim=1)]
+        views = [(_rows(u_c, users), _rows(i_c, items))]
+        encoders: list[FeatureEncoder | KnowledgeEncoder] = [*self.feature_encoders.values()]
+        encoders += [] if self.kg_encoder is None else [self.kg_encoder]
+        for encoder in encoders:
+            masks.append(encoder.mask)
+            if users is not None and items is not None and isinstance(encoder, FeatureEncoder) and encoder.gate is None:
+                views.append(encoder.rows(graph, users, items))
+            else:
+                view = encoder(item_embedding)
+                views.append((_rows(graph.user_means(view, encoder.mask), users), _rows(view, items)))
+        item_mask = torch.stack(masks, dim=1)
+        user_mask = graph.user_mask(item_mask)
+        user_mask[:, 0] = True  # everyone has an embedding
+        return Views(
+            torch.stack([user_view for user_view, _ in views], dim=1),
+            torch.stack([item_view for _, item_view in views], dim=1),
+            _rows(user_mask, users),
+            _rows(item_mask, items),
+        )
+
+    def fuse(self, fusion: Fusion, views: Tensor, mask: Tensor) -> Tensor:
+        """Fuse ``views [n, V, d]`` into ``z [n, d]``, with the interaction view as residual if so set."""
+        normalize = self.settings.normalize_views
+        fused = fusion(unit(views), mask) * self.density.share if normalize else fusion(views, mask)
+        return fused + views[:, 0] if self.settings.fusion_residual else fused
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return the final embeddings of all users ``[n_users, d]`` and items ``[n_items, d]``.
+
+        The fused representations; where popularity has a part in the score, with one more coordinate for it.
+        """
+        return self._fuse_all(self.encode())
+
+    def _fuse_all(self, views: Views) -> tuple[Tensor, Tensor]:
+        return self._add_popularity(
+            self.fuse(self.user_fusion, views.users, views.user_mask),
+            self.fuse(self.item_fusion, views.items, views.item_mask),
+        )
+
+    def _add_popularity(self, z_user: Tensor, z_item: Tensor, items: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Append a coordinate to users ``[n, d]`` and items ``[m, d]``, all or ``items [m]``, if popularity counts.
+
+        1 for users, weight times log-popularity for items: the score gains their product.
+        """
+        if self.popularity is None:
+            return z_user, z_item
+        popularity = self.popularity_weight * _rows(self.popularity, items)
+        return torch.cat([z_user, z_user.new_ones(len(z_user), 1)], 1), torch.cat([z_item, popularity[:, None]], 1)
+
+
+def _rows(nodes: Tensor, rows: Tensor | None) -> Tensor:
+    return nodes if rows is None else nodes.index_select(0, rows)
+
+
+def lend_interactions(view: Tensor, warm: Tensor, graphs: Iterable[SparseMatrix]) -> Tensor:
+    """Give each cold item the mean interaction view of its warm neighbours by features, zeros if it has none.
+
+    Args:
+        view: interaction view of every item, ``[n_items, d]``.
+        warm: ``[n_items, 1]`` bool.
+        graphs: of the neighbours, one per modality.
+    """
+    lent, n_modalities = torch.zeros_like(view), torch.zeros_like(view[:, :1])
+    for graph in graphs:
+        weight = graph.multiply(warm.to(view.dtype))
+        lent = lent + graph.multiply(view * warm) / torch.where(weight > 0, weight, 1.0)
+        n_modalities = n_modalities + (weight > 0)
+    return torch.where(warm, view, lent / n_modalities.clamp(min=1))
