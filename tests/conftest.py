@@ -75,6 +75,41 @@ def tiny(tmp_path):
 
 
 @pytest.fixture
+def board(tmp_path):
+    """A checkerboard of two groups; each user's one held-out item is the only item of the group not seen in training.
+
+    Features and knowledge graph are noise: the groups show in the interactions alone. Chance ranks the held-out item
+    first for one user in nine.
+    """
+    root = tmp_path / "board"
+    root.mkdir()
+    for name, is_part in (
+        ("train", lambda u, i: u != i),
+        ("valid", lambda u, i: u == i),
+        ("test", lambda u, i: u == i),
+    ):
+        rows = [(f"u{g}{u}", f"i{g}{i}") for g in range(2) for u in range(8) for i in range(8) if is_part(u, i)]
+        write_table(root / f"board.{name}.inter", "user_id:token\titem_id:token", rows)
+    rng, tokens = np.random.default_rng(0), [f"i{g}{i}" for g in range(2) for i in range(8)]
+    (root / "items.txt").write_text("\n".join(tokens) + "\n")
+    for name in ("text", "image"):
+        np.save(root / f"{name}.npy", rng.normal(size=(len(tokens), 64)))
+    triples = [(f"e{token}", f"r{rng.integers(2)}", f"x{rng.integers(6)}") for token in tokens]
+    write_table(root / "board.kg", "head_id:token\trelation_id:token\ttail_id:token", triples)
+    write_table(root / "board.link", "item_id:token\tentity_id:token", [(token, f"e{token}") for token in tokens])
+    return root
+
+
+BOARD = {
+    "benchmark_filename": ["train", "valid", "test"],
+    "topk": [1],
+    "valid_metric": "Recall@1",
+    "epochs": 20,
+    "learning_rate": 0.01,
+}
+
+
+@pytest.fixture
 def build():
     """Return a function from settings to everything of a run, before training."""
     from recbole.data import create_dataset, data_preparation
@@ -104,7 +139,7 @@ def fresh(tiny, build, model_name):
 
 def batch_of(run):
     """Return a training batch."""
-    return next(iter(run.train))
+    return next(iter(run.train)).to(run.config["device"])
 
 
 def all_scores(run):
@@ -112,6 +147,6 @@ def all_scores(run):
     from recbole.data.interaction import Interaction
 
     run.model.eval()
-    users = torch.arange(1, run.dataset.user_num)
+    users = torch.arange(1, run.dataset.user_num, device=run.config["device"])
     with torch.no_grad():
         return run.model.full_sort_predict(Interaction({"user_id": users})).view(len(users), -1)

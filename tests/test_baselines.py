@@ -1,21 +1,15 @@
 """The baselines: the contract that all keep, and each one's own equations on graphs worked out by hand."""
 
-import inspect
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
-import recbole.trainer
 import torch
 from conftest import all_scores, batch_of
 from recbole.data.interaction import Interaction
-from recbole.utils import get_model
 from torch.nn import functional as F
 
-import recbole_slifmr
 from recbole_slifmr.data.features import ItemFeatures
 from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.model import xsimgcl
 from recbole_slifmr.model.freedom import frozen_graph
 from recbole_slifmr.model.lattice import ModalityGraph, similarity_graph
 from recbole_slifmr.nn.graph import sample_interactions
@@ -74,27 +68,6 @@ def test_any_number_of_modalities_moves_the_scores(tiny, build, model_name, n_mo
         scores.append(all_scores(run))
         assert torch.isfinite(scores[-1]).all()
     assert not torch.allclose(*scores)
-
-
-@pytest.mark.parametrize("model_name", ["SLIFMR", *BASELINES, "XSimGCL"])
-def test_every_setting_is_explained_and_read(model_name):
-    path = PROPERTIES / "model" / f"{model_name}.yaml"
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
-    for line in lines:
-        assert re.fullmatch(r"\w+: .+ +# \(\w+( or \w+)*\) .+\.", line), line
-    settings = {line.split(":")[0] for line in lines}
-    modules = [
-        module for base in get_model(model_name).__mro__ if "slifmr" in (module := inspect.getmodule(base)).__name__
-    ]
-    looked_up = {name for module in modules[:1] for name in re.findall(r'config\["(\w+)"\]', inspect.getsource(module))}
-    assert looked_up <= settings | {"model", "train_neg_sample_args"}, (
-        "a setting that the YAML lacks would silently be None"
-    )
-    package = Path(recbole_slifmr.__file__).parent
-    files = [path for path in package.rglob("*.py") if path.parent.name != "model"]
-    sources = [*files, inspect.getfile(modules[0]), inspect.getfile(recbole.trainer.Trainer)]
-    read = {name for path in sources for name in re.findall(r'"(\w+)"', Path(path).read_text(encoding="utf-8"))}
-    assert settings <= read
 
 
 # -- LATTICE ---------------------------------------------------------------------------------------------------------
@@ -189,6 +162,19 @@ def test_evaluation_uses_the_graph_of_the_current_parameters(tiny, build):
     torch.nn.init.normal_(model.modality_graphs["text"].linear.weight)
     model.clear_cache()
     assert not torch.allclose(all_scores(run), before)
+
+
+@pytest.mark.parametrize("batch_size", [32, 16])
+def test_lattice_builds_its_graph_by_epoch_whatever_asks_for_scores(tiny, build, monkeypatch, batch_size):
+    """Dynamic negatives are chosen by score before every batch; what does not move the graph does not build it anew."""
+    draws = {"distribution": "uniform", "sample_num": 1, "alpha": 1.0, "dynamic": True, "candidate_num": 3}
+    run = build(tiny, "LATTICE", train_neg_sample_args=draws, train_batch_size=batch_size)
+    built, build_graph = [], run.model.build_item_graph
+    monkeypatch.setattr(run.model, "build_item_graph", lambda: (built.append(1), build_graph())[1])
+    run.trainer.fit(run.train, run.valid, saved=False, show_progress=False)
+    assert len(run.train) > 2
+    # before the first batch; in the first batch of each of two epochs, with gradients; after the step that it takes
+    assert len(built) == 1 + 2 * 2
 
 
 def test_lattice_regularises_the_embeddings_of_the_batch(tiny, build):
@@ -450,11 +436,28 @@ def test_xsimgcl_propagates_the_noise_of_a_layer(tiny, build):
     model = build(tiny, "XSimGCL", n_layers=2, eps=0.3).model
     (users, items), (next_users, next_items) = model.encode()
     for noisy, plain in (
-        (next_users, model.graph.matrix.multiply(items)),
-        (next_items, model.graph.matrix.multiply_transposed(users)),
+        (next_users, model.interaction_encoder.graph.matrix.multiply(items)),
+        (next_items, model.interaction_encoder.graph.matrix.multiply_transposed(users)),
     ):
         reached = plain.any(1)
         torch.testing.assert_close((noisy - plain)[reached].norm(dim=1), torch.full((int(reached.sum()),), 0.3))
+
+
+def test_xsimgcl_draws_negatives_where_a_batch_has_more_than_it_contrasts_with(tiny, build, monkeypatch):
+    losses, seen = {}, []
+    contrast = xsimgcl.info_nce
+    monkeypatch.setattr(xsimgcl, "info_nce", lambda *args: (seen.append(args[2]), contrast(*args))[1])
+    for n_negatives in (4096, 15, 3):  # 15: as many as there are items
+        model = (run := build(tiny, "XSimGCL", n_negatives=n_negatives, eps=0.0)).model
+        batch = batch_of(run)
+        seen.clear()
+        torch.manual_seed(0)
+        losses[n_negatives] = model.calculate_loss(batch)
+        n_users, n_items = (len(batch[field].unique()) for field in ("user_id", "item_id"))
+        assert [len(rows) for rows in seen] == [min(n_users, n_negatives), min(n_items, n_negatives)]
+        assert all(len(rows.unique(dim=0)) == len(rows) for rows in seen), "without repeats"
+    assert losses[15][0] == losses[4096][0] == losses[3][0], "BPR takes no part in it"
+    assert losses[3][1] < losses[4096][1]
 
 
 def test_xsimgcl_runs_on_interactions_alone(tiny, build):
@@ -471,6 +474,7 @@ def test_xsimgcl_runs_on_interactions_alone(tiny, build):
     [
         ({"eps": -0.1}, "eps must be 0 or more, not -0.1"),
         ({"temperature": 0}, "temperature must be above 0, not 0"),
+        ({"n_negatives": 0}, "n_negatives must be 1 or more, not 0"),
         ({"contrast_layer": 0}, "contrast_layer must be from 1 to n_layers, here 2, not 0"),
         ({"contrast_layer": 3}, "contrast_layer must be from 1 to n_layers, here 2, not 3"),
         ({"n_layers": 0}, "contrast_layer must be from 1 to n_layers, here 0, not 1"),

@@ -133,6 +133,14 @@ def test_the_command_prints_and_writes(tiny, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in tiny.iterdir()} == before
 
 
+@pytest.mark.parametrize("model", ["LATTICE", "XSimGCL"])
+def test_the_memory_is_that_of_the_model_asked_for(tiny, tmp_path, model):
+    assert run("tiny", f"--model={model}", f"--data_path={tiny.parent}", f"--out={tmp_path}", "--topk=[5]") == 0
+    found = json.loads((tmp_path / "inspect.json").read_text())
+    assert ("item graphs" in found["memory_mb"]) == (model == "LATTICE")
+    assert set(found["modalities"]) == ({"text", "image"} if model == "LATTICE" else set())
+
+
 def test_bad_input_to_the_command_is_one_line(tiny, capsys):
     assert run("nothere") == 2
     assert run("tiny", f"--data_path={tiny.parent}", "--knn_kk=3") == 2

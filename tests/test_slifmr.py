@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import all_scores, batch_of
+from conftest import BOARD, all_scores, batch_of
 
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.nn import loss
@@ -17,6 +17,9 @@ EVERYTHING = {"feature_gate": True, "prune_ratio": 0.2, "eta_interaction": 0.2, 
 
 
 # -- inputs --------------------------------------------------------------------------------------------------
+
+
+FLOOR = 0.9  # of Recall@1 on the checkerboard, where chance has 0.11
 
 
 def with_modalities(tiny, n):
@@ -30,14 +33,13 @@ def with_modalities(tiny, n):
 
 @pytest.mark.parametrize("use_kg", [True, False], ids=["kg", "no kg"])
 @pytest.mark.parametrize("n_modalities", [0, 1, 5])
-def test_runs_with_any_subset_of_its_inputs(tiny, build, use_kg, n_modalities):
-    with_modalities(tiny, n_modalities)
-    run = build(tiny, use_kg=use_kg)
+def test_learns_with_any_subset_of_its_inputs(board, build, use_kg, n_modalities):
+    with_modalities(board, n_modalities)
+    run = build(board, **BOARD, use_kg=use_kg)
     modalities = [f"m{i}" for i in range(n_modalities)]
     assert run.model.view_names == ["interaction", *modalities, *(["kg"] if use_kg else [])]
-    score, _ = run.trainer.fit(run.train, run.valid, show_progress=False)
-    assert 0 <= score <= 1
-    assert torch.isfinite(all_scores(run)).all()
+    score, _ = run.trainer.fit(run.train, run.valid, show_progress=False, saved=False)
+    assert score >= FLOOR
 
 
 SWITCHES = [
@@ -63,10 +65,10 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize("settings", SWITCHES, ids=str)
-def test_every_switch_trains(tiny, build, settings):
-    run = build(tiny, **settings)
-    score, _ = run.trainer.fit(run.train, run.valid, show_progress=False)
-    assert 0 <= score <= 1
+def test_every_switch_learns(board, build, settings):
+    run = build(board, **{**BOARD, **settings})
+    score, _ = run.trainer.fit(run.train, run.valid, show_progress=False, saved=False)
+    assert score >= FLOOR
     assert torch.isfinite(all_scores(run)).all()
 
 
@@ -76,9 +78,9 @@ def test_every_switch_trains(tiny, build, settings):
         ({"fusion": "max"}, "fusion must be one of"),
         ({"inter_loss": "l1"}, "inter_loss must be one of infonce, cosine, not 'l1'"),
         ({"eta_kg": 1.5}, r"eta_kg must be in \[0, 1\]"),
-        ({"intra_temperature": 0}, "intra_temperature must be positive"),
+        ({"intra_temperature": 0}, "intra_temperature must be above 0, not 0"),
         ({"prune_ratio": 1.0}, r"prune_ratio must be in \[0, 1\)"),
-        ({"n_candidates": 0}, "n_candidates must be positive"),
+        ({"n_candidates": 0}, "n_candidates must be 1 or more, not 0"),
         ({"intra_views": ["colour"]}, "intra_views: 'colour' is none of"),
         ({"refresh_interval": 0}, "refresh_interval must be a positive whole number or 'adaptive'"),
     ],
@@ -139,19 +141,19 @@ def dense_views(model, dataset, feedback):
     s = torch.zeros(n_items, n_items)
     s[tuple(feedback)] = 1
     items = model.item_embedding.weight
-    block = model.etas["interaction"] * dense_normalized(s)
+    block = model.settings.eta_interaction * dense_normalized(s)
     views, masks = [], [torch.ones(n_items, dtype=torch.bool)]
 
     for name, (x, mask) in model.item_features(dataset).items():
         knn = torch.zeros(n_items, n_items)
         knn[tuple(knn_graph(x, 10, mask))] = 1
         both = (mask[:, None] & mask[None]).float()
-        eta = model.etas["feature"]
+        eta = model.settings.eta_feature
         a = (1 - eta) * dense_normalized(knn) + eta * dense_normalized(s) * both
         h = F.normalize(x, dim=1) * mask[:, None] @ model.feature_encoders[name].projection.weight.T
         views.append((h + a @ h) / 2)
         masks.append(mask)
-        block = block + model.item_graph_weight * a / len(model.feature_encoders)
+        block = block + model.settings.item_graph_weight * a / len(model.feature_encoders)
 
     nodes = torch.cat([model.user_embedding.weight, items])
     a = torch.zeros(len(nodes), len(nodes))
@@ -166,7 +168,7 @@ def dense_views(model, dataset, feedback):
     for head, relation, tail in dataset.triples.unique(dim=0).tolist():
         a[head, tail] += weight[relation - 1]
         a[tail, head] += weight[n_relations + relation - 1]
-    a[:n_items, :n_items] += model.etas["kg"] * weight[-1] * s
+    a[:n_items, :n_items] += model.settings.eta_kg * weight[-1] * s
     used = dataset.triples[:, [0, 2]].unique()
     entities = torch.zeros(n_entities - n_items, items.shape[1])
     nodes = torch.cat(
@@ -269,7 +271,7 @@ def test_views_and_hard_negatives_count_less_where_users_have_few_interactions(t
 def test_popularity_has_a_learned_part_in_the_score_where_users_have_few_interactions(tiny, build):
     run = build(tiny, dense_at=1000, n_candidates=1)
     model, items = run.model, run.train._dataset.inter_feat["item_id"]
-    popularity = (1 - model.density) * torch.bincount(items, minlength=model.n_items).add(1.0).log()
+    popularity = (1 - model.density.share) * torch.bincount(items, minlength=model.n_items).add(1.0).log()
     plain = [part.clone() for part in model._final_embeddings()]
     refreshed = model.refresh_graphs()
     edges = model.feedback_index
@@ -302,7 +304,7 @@ def test_popularity_has_a_learned_part_in_the_score_where_users_have_few_interac
 def test_the_hardest_negative_is_that_of_the_whole_score(tiny, build):
     run = build(tiny, dense_at=30, n_candidates=1000)
     model, dataset = run.model, run.train._dataset
-    assert model.density < 1 and model.n_candidates > 100
+    assert model.density.share < 1 and model.n_candidates > 100
     with torch.no_grad():
         model.popularity_weight.fill_(5.0)
     batch = batch_of(run)

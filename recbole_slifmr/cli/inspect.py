@@ -14,17 +14,21 @@ from recbole_slifmr.cli.options import FREE_SETTINGS, with_options
 from recbole_slifmr.data.survey import Section, remarks, sections, survey, write_survey
 from recbole_slifmr.errors import UnknownSettingWarning
 from recbole_slifmr.host.settings import make_config, parse_settings
+from recbole_slifmr.model import MODELS
 from recbole_slifmr.training.experiment import load_data
 
 
 @click.command(name="inspect", context_settings=FREE_SETTINGS)
 @click.argument("dataset")
 @with_options(
+    click.option(
+        "--model", type=click.Choice(MODELS), default="SLIFMR", show_default=True, help="Whose data and memory."
+    ),
     click.option("--out", default="inspect", show_default=True, help="Folder of the outputs."),
     click.option("--config_files", "--config-files", default="", help="YAML files of settings, separated by spaces."),
 )
 @click.pass_context
-def inspect_command(context: click.Context, dataset: str, out: str, config_files: str) -> None:
+def inspect_command(context: click.Context, dataset: str, model: str, out: str, config_files: str) -> None:
     """Look at a data set before training on it: slifmr inspect ml-100k.
 
     Sizes, degrees, gaps, repeated rows, leaks between the splits, whether features and knowledge graph say anything of
@@ -32,7 +36,7 @@ def inspect_command(context: click.Context, dataset: str, out: str, config_files
     """
     warnings.simplefilter("error", UnknownSettingWarning)
     settings = {"state": "ERROR", **parse_settings(context.args)}
-    config = make_config("SLIFMR", dataset, config_files.split(), settings)
+    config = make_config(model, dataset, config_files.split(), settings)
     loaders = load_data(config)
     splits = {name: loader._dataset for name, loader in zip(("train", "valid", "test"), loaders, strict=True)}
     found = survey(config, splits)
