@@ -42,6 +42,11 @@ def test_learns_with_any_subset_of_its_inputs(board, build, use_kg, n_modalities
     assert score >= FLOOR
 
 
+def test_what_does_not_learn_stays_below_the_floor(board, build):
+    run = build(board, **{**BOARD, "learning_rate": 0.0, "epochs": 2})
+    assert run.trainer.fit(run.train, run.valid, show_progress=False, saved=False)[0] < FLOOR / 2
+
+
 SWITCHES = [
     {"fusion": "sum"},
     {"fusion": "concat"},
