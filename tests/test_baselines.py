@@ -14,7 +14,6 @@ from recbole_slifmr.model.freedom import frozen_graph
 from recbole_slifmr.model.lattice import ModalityGraph, similarity_graph
 from recbole_slifmr.nn.graph import sample_interactions
 from recbole_slifmr.nn.loss import bpr_loss
-from recbole_slifmr.paths import PROPERTIES
 
 BASELINES = ("LATTICE", "VBPR", "FREEDOM", "BM3")
 
