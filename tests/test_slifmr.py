@@ -19,7 +19,7 @@ EVERYTHING = {"feature_gate": True, "prune_ratio": 0.2, "eta_interaction": 0.2, 
 # -- inputs --------------------------------------------------------------------------------------------------
 
 
-FLOOR = 0.9  # of Recall@1 on the checkerboard, where chance has 0.11
+FLOOR = 0.9  # of Recall@1 on the checkerboard: chance has 0.11, propagated random embeddings 0.63
 
 
 def with_modalities(tiny, n):
@@ -44,7 +44,7 @@ def test_learns_with_any_subset_of_its_inputs(board, build, use_kg, n_modalities
 
 def test_what_does_not_learn_stays_below_the_floor(board, build):
     run = build(board, **{**BOARD, "learning_rate": 0.0, "epochs": 2})
-    assert run.trainer.fit(run.train, run.valid, show_progress=False, saved=False)[0] < FLOOR / 2
+    assert run.trainer.fit(run.train, run.valid, show_progress=False, saved=False)[0] < FLOOR
 
 
 SWITCHES = [
