@@ -1,10 +1,12 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,19 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to write into; it takes the place of ``path`` at the end, unless an exception leaves the block."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        part = Path(scratch) / "new"
+        part.mkdir()
+        yield part
+        if path.exists():
+            path.rename(Path(scratch) / "old")
+        part.rename(path)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,9 @@ import numpy as np
 import pandas as pd
 from recbole.utils import FeatureType
 
-from recbole_slifmr.data.vectors import IDS_FILE
+from recbole_slifmr.data.vectors import IDS_FILE, write_tokens
 from recbole_slifmr.errors import DataError
+from recbole_slifmr.files import replace_folder
 
 SPLITS = ("train", "valid", "test")
 
@@ -38,9 +37,7 @@ def write_atomic(parts: Sequence[Any], folder: Path, name: str) -> Path:
     target = folder / name
     if target.exists():
         raise DataError(f"{target} is there already: remove it or choose another name")
-    part = folder / f".{name}.{os.getpid()}.part"
-    part.mkdir(parents=True)
-    try:
+    with replace_folder(target) as part:
         for split, data in zip(SPLITS, parts, strict=True):
             _write_table(part / f"{name}.{split}.inter", _interactions(data), data)
         data = parts[0]
@@ -51,11 +48,7 @@ def write_atomic(parts: Sequence[Any], folder: Path, name: str) -> Path:
         for modality, features in data.item_features.items():
             np.save(part / f"{modality}.npy", features.values[1:].numpy())  # a row of zeros is none
         if data.item_features:
-            tokens = data.field2id_token[data.iid_field][1:]
-            (part / IDS_FILE).write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
-        part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            write_tokens(part / IDS_FILE, data.field2id_token[data.iid_field][1:])
     return target
 
 

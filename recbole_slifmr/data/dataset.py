@@ -26,7 +26,7 @@ from recbole_slifmr.data import ml100k
 from recbole_slifmr.data.cold import hold_out, is_cold
 from recbole_slifmr.data.features import ItemFeatures, find_modalities, load_features
 from recbole_slifmr.data.noise import disturb_features, disturb_kg, draw_interactions, drop_interactions, read_noise
-from recbole_slifmr.data.table import MISSING_NUMBER, Table, examine
+from recbole_slifmr.data.table import MISSING_NUMBER, AtomicFile, examine
 from recbole_slifmr.data.vectors import ItemFile
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.paths import find_feature_folder
@@ -176,7 +176,7 @@ class SLIFMRDataset(KnowledgeBasedDataset):
         }
         return by_source.get(source, ())
 
-    def _check_values(self, file: Table, frame: pd.DataFrame, ids: Sequence[str], source: Any) -> None:
+    def _check_values(self, file: AtomicFile, frame: pd.DataFrame, ids: Sequence[str], source: Any) -> None:
         """Refuse missing ids, numbers that RecBole would invent, and rows that contradict each other.
 
         RecBole drops rows without an id, puts the column's mean in the place of a missing rating or timestamp, takes

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recbole_slifmr.data.features import is_modality_name
-from recbole_slifmr.data.vectors import OWN_IDS, ItemFile
+from recbole_slifmr.data.vectors import OWN_IDS, ItemFile, read_tokens, write_tokens
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.files import replace_file, write_json
 
@@ -216,10 +216,9 @@ def write_features(
         the card.
     """
     array, ids = folder / f"{name}.npy", folder / f"{name}{OWN_IDS}"
-    text = "".join(f"{token}\n" for token in tokens)
-    if array.exists() and not (ids.is_file() and ids.read_text(encoding="utf-8") == text):
+    if array.exists() and not (ids.is_file() and read_tokens(ids).tolist() == list(tokens)):
         array.unlink()
-    replace_file(ids, lambda part: part.write_text(text, encoding="utf-8"))
+    write_tokens(ids, tokens)
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     card = {"name": name, "items": len(tokens), "dimension": dimension, **card, "date": date}
     write_json(folder / f"{name}.json", card)

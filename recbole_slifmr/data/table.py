@@ -23,7 +23,7 @@ _BLOCK = 1 << 24  # bytes
 _UTF8 = ("utf-8", "utf-8-sig")
 
 
-class Table(NamedTuple):
+class AtomicFile(NamedTuple):
     """A file whose lines all have as many values as its first line names columns.
 
     Attributes:
@@ -75,7 +75,7 @@ class Table(NamedTuple):
         return None
 
 
-def examine(path: Path, separator: str, encoding: str | None = None) -> Table:
+def examine(path: Path, separator: str, encoding: str | None = None) -> AtomicFile:
     """Look at a file without reading its values.
 
     Args:
@@ -110,7 +110,7 @@ def examine(path: Path, separator: str, encoding: str | None = None) -> Table:
         ) from None
     if not types:
         raise DataError(f"{path} is empty: its first line must name the columns, e.g. item_id:token")
-    return Table(path, types, separator, encoding, n_rows - 1)
+    return AtomicFile(path, types, separator, encoding, n_rows - 1)
 
 
 def _blocks(path: Path, encoding: str) -> Iterator[bytes]:
@@ -133,7 +133,7 @@ def _with_line_feeds(block: bytes) -> bytes:
     return block.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in block else block
 
 
-def _lines(file: Table) -> Iterator[tuple[int, str]]:
+def _lines(file: AtomicFile) -> Iterator[tuple[int, str]]:
     blocks = _blocks(file.path, file.encoding)
     lines = (line for block in blocks for line in block.removesuffix(b"\n").split(b"\n"))
     return enumerate((line.decode() for line in lines), 1)

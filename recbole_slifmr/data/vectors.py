@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from recbole_slifmr.data.table import examine
 from recbole_slifmr.errors import DataError
+from recbole_slifmr.files import replace_file
 
 IDS_FILE = "items.txt"
 OWN_IDS = ".ids.txt"  # text.npy has text.ids.txt
@@ -24,6 +26,7 @@ IDS = "ids"  # in an archive, beside the matrix
 VALUES = ("values", "embeddings")
 EMPTY_CELLS = ["", "nan", "NaN", "NA"]
 _IDS_HOLD = "it should name the item of each feature row, one token a line"
+_NAME_IDS = "name the tokens' with 'ids'"
 
 
 class ItemFile(NamedTuple):
@@ -49,13 +52,12 @@ class ItemFile(NamedTuple):
         """
         if not self.path.is_file():
             raise DataError(f"{self.path} not found: it should hold the column '{fields[0]}'")
-        with _reading(self.path, "an atomic file"):
-            frame = pd.read_csv(self.path, sep=self.separator, dtype=str, keep_default_na=False, encoding="utf-8")
-        frame.columns = [name.split(":")[0] for name in frame.columns]
-        for name in (self.id_field, *fields):
-            if name not in frame:
-                raise DataError(f"{self.path} has no column '{name}', only {', '.join(frame.columns)}")
-        return frame.set_index(self.id_field, drop=False)[list(fields)]
+        file = examine(self.path, self.separator)
+        names = dict.fromkeys((self.id_field, *fields))
+        for name in names:
+            if name not in file.types:
+                raise DataError(f"{self.path} has no column '{name}', only {', '.join(file.types)}")
+        return file.read(list(names)).set_index(self.id_field, drop=False)[list(fields)]
 
 
 class Vectors(NamedTuple):
@@ -111,13 +113,22 @@ def read_vectors(path: Path, item_file: ItemFile, ids: str | None = None, field:
     else:
         known = ", ".join([*ARRAYS, *TABLES])
         raise DataError(f"{path}: the formats are {known}, and atomic files whose column is named by 'field'")
-    if len(tokens) == values.size == 0:
-        raise DataError(f"{path} holds no vectors")
-    if values.ndim != 2 or values.shape[1] == 0 or values.dtype.kind not in "fiu":
-        raise DataError(f"{path} must be a matrix of numbers [items, dimension], not {values.dtype} {values.shape}")
+    check_matrix(path, values)
     if len(tokens) != len(values):
         raise DataError(f"{path} has {len(values)} rows but {where} names {len(tokens)} items: they must correspond")
     return Vectors(tokens, values, path, where)
+
+
+def check_matrix(path: Path, values: np.ndarray) -> None:
+    """Check the shape and type of what a file holds.
+
+    Raises:
+        DataError: if it is no matrix of numbers, or has no rows.
+    """
+    if values.ndim != 2 or values.shape[1] == 0 or values.dtype.kind not in "fiu":
+        raise DataError(f"{path} must be a matrix of numbers [items, dimension], not {values.dtype} {values.shape}")
+    if len(values) == 0:
+        raise DataError(f"{path} holds no vectors")
 
 
 @contextmanager
@@ -164,6 +175,11 @@ def read_tokens(path: Path) -> np.ndarray:
     return np.array(text.replace("\r\n", "\n").removesuffix("\n").split("\n"))
 
 
+def write_tokens(path: Path, tokens: Iterable[str]) -> None:
+    """Write a list of item tokens, one a line, whole or not at all."""
+    replace_file(path, lambda part: part.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8"))
+
+
 def _as_tokens(ids: Any, path: Path) -> np.ndarray:
     if isinstance(ids, torch.Tensor):
         ids = ids.numpy()
@@ -177,7 +193,12 @@ def _as_tokens(ids: Any, path: Path) -> np.ndarray:
 # -- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def _read_npy(path: Path) -> tuple[Any, np.ndarray]:
+def read_npy(path: Path) -> tuple[None, np.ndarray]:
+    """Return that a ``.npy`` file names no tokens, and its array, mapped into memory.
+
+    Raises:
+        DataError: if it holds anything else.
+    """
     with _reading(path, "a .npy array of numbers"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(array, np.ndarray):
@@ -224,11 +245,11 @@ def _pick(path: Path, names: Sequence[str]) -> str:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _choose(path: Path, columns: Sequence[str], id_column: str, field: str | None) -> list[str]:
+def _choose(path: Path, columns: Sequence[str], id_column: str, field: str | None, fix: str = _NAME_IDS) -> list[str]:
     """Return the columns of the vector."""
     for name in (id_column, field):
         if name is not None and name not in columns:
-            raise DataError(f"{path} has no column '{name}', only {', '.join(columns)}: name the tokens' with 'ids'")
+            raise DataError(f"{path} has no column '{name}', only {', '.join(columns)}: {fix}")
     chosen = [name for name in columns if name != id_column] if field is None else [field]
     if not chosen:
         raise DataError(f"{path} has no column beside '{id_column}'")
@@ -277,14 +298,26 @@ def _name_the_cell(path: Path, frame: pd.DataFrame, id_column: str, columns: Seq
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 
 
-def _read_parquet(path: Path, id_column: str, field: str | None) -> tuple[np.ndarray, np.ndarray]:
+def read_parquet(path: Path, id_column: str, field: str | None, fix: str = _NAME_IDS) -> tuple[np.ndarray, np.ndarray]:
+    """Return item tokens ``[n]`` and vectors ``[n, d]`` of a Parquet table.
+
+    Args:
+        path: the file.
+        id_column: the column of tokens.
+        field: the column of numbers or lists of numbers; all but the tokens if None.
+        fix: what to do if there is no such column, in words.
+
+    Raises:
+        DataError: naming what is wrong.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with _reading(path, "a parquet table"):
         file = pq.ParquetFile(path, memory_map=True)
         names = file.schema_arrow.names
-        chosen = _choose(path, [n for n in names if n == id_column or not _PANDAS_INDEX.fullmatch(n)], id_column, field)
+        present = [name for name in names if name == id_column or not _PANDAS_INDEX.fullmatch(name)]
+        chosen = _choose(path, present, id_column, field, fix)
         kinds = [file.schema_arrow.field(name).type for name in chosen]
         lists = [pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
                  for kind in kinds]  # fmt: skip
@@ -292,8 +325,8 @@ def _read_parquet(path: Path, id_column: str, field: str | None) -> tuple[np.nda
             number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
             if not number and not (is_list and len(chosen) == 1):
                 raise DataError(
-                    f"{path}: column '{name}' is {kind}; beside '{id_column}' there must be numbers or one column of "
-                    "lists: name the vector's column with 'field'"
+                    f"{path}: column '{name}' is {kind}; beside '{id_column}' there must be either columns of numbers "
+                    "or one column of lists of numbers: leave the others out, or name the vector's with 'field'"
                 )
         table = file.read(columns=[id_column, *chosen])
         if lists[0]:
@@ -319,7 +352,9 @@ def _stack_lists(path: Path, tokens: Sequence[str], column: Any) -> np.ndarray:
         odd = int((lengths != lengths[0]).argmax())
         raise DataError(f"{path}: item '{tokens[odd]}' has {lengths[odd]} numbers, others have {lengths[0]}")
     flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    return np.concatenate(flat).reshape(len(lengths), -1)
+    values = np.concatenate(flat).reshape(len(lengths), -1)
+    with np.errstate(over="ignore"):  # beyond float32: infinite, and named so
+        return values.astype(np.float32, copy=False) if values.dtype.kind in "fiu" else values
 
 
 def _parse_float_seq(file: ItemFile, field: str) -> tuple[np.ndarray, np.ndarray]:
@@ -344,8 +379,8 @@ def _parse_float_seq(file: ItemFile, field: str) -> tuple[np.ndarray, np.ndarray
 
 
 ARRAYS: dict[str, Callable[[Path], tuple[Any, np.ndarray]]] = {
-    ".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt, ".pth": _read_pt,
+    ".npy": read_npy, ".npz": _read_npz, ".pt": _read_pt, ".pth": _read_pt,
 }  # fmt: skip
 TABLES: dict[str, Callable[[Path, str, str | None], tuple[np.ndarray, np.ndarray]]] = {
-    ".csv": _read_delimited(","), ".tsv": _read_delimited("\t"), ".parquet": _read_parquet,
+    ".csv": _read_delimited(","), ".tsv": _read_delimited("\t"), ".parquet": read_parquet,
 }  # fmt: skip

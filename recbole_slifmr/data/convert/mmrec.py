@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from recbole_slifmr.data.convert.source import Names, Open, Table, extract, open_binary, read_lines
+from recbole_slifmr.data.convert.source import DelimitedFile, Names, Open, extract, open_binary, read_lines
 from recbole_slifmr.data.convert.target import (
     ITEM,
     RATING,
@@ -23,9 +23,10 @@ from recbole_slifmr.data.convert.target import (
     AtomicFolder,
     Summary,
     atomic_folder,
-    read_matrix,
+    check_finite,
     summarise,
 )
+from recbole_slifmr.data.vectors import read_npy
 from recbole_slifmr.errors import DataError
 
 FEATURES = "_feat.npy"
@@ -47,11 +48,12 @@ def convert_mmrec(
         DataError: naming file, line and fix.
     """
     path = _find_interactions(source)
-    table = Table(path, "interactions", "\t", open_file)
+    table = DelimitedFile(path, "interactions", "\t", open_file)
     columns = [table.require(column, "name it as MMRec does") for column in ("userID", "itemID", "x_label")]
     columns += [column for column in ("rating", "timestamp") if column in table.columns]
     users, items = (_read_mapping(source / f"{side}_id_mapping.csv", open_file) for side in "ui")
-    features = {file.name.removesuffix(FEATURES): read_matrix(file) for file in sorted(source.glob(f"*{FEATURES}"))}
+    files = sorted(source.glob(f"*{FEATURES}"))
+    features = {file.name.removesuffix(FEATURES): check_finite(file, read_npy(file)[1]) for file in files}
     with atomic_folder(out, name or path.stem, force) as atomic:
         last_item = _split(table, columns, users, items, atomic)
         if features:
@@ -88,7 +90,7 @@ def _read_mapping(path: Path, open_file: Open) -> Names:
     return Names(path, pairs["number"].to_numpy(np.int64), tokens, lines.index.to_numpy() + 1)
 
 
-def _split(table: Table, columns: list[str], users: Names, items: Names, atomic: AtomicFolder) -> int:
+def _split(table: DelimitedFile, columns: list[str], users: Names, items: Names, atomic: AtomicFolder) -> int:
     """Write the interactions by label; return the greatest item number."""
     last_item = -1
     for before, chunk in table.chunks(columns):
@@ -121,7 +123,7 @@ def _split(table: Table, columns: list[str], users: Names, items: Names, atomic:
     return last_item
 
 
-def _where(table: Table, before: int, row: int) -> str:
+def _where(table: DelimitedFile, before: int, row: int) -> str:
     return f"{table.path}, line {table.line(before + row)}"
 
 

@@ -22,10 +22,6 @@ from recbole_slifmr.errors import DataError
 Open = Callable[[Path], BinaryIO]
 BLOCK = 1 << 24  # bytes
 SEPARATORS = {"\t": "\\t", ",": ",", ";": ";", "|": "|"}
-# what pandas, and so RecBole, reads as a missing value
-MISSING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A"} | {
-    "NA", "NULL", "NaN", "None", "n/a", "nan", "null"
-}  # fmt: skip
 
 
 def open_binary(path: Path) -> BinaryIO:
@@ -62,7 +58,7 @@ def check_utf8(path: Path) -> None:
                 ) from None
 
 
-class Table:
+class DelimitedFile:
     """A file of values between separators, with the columns' names in the first line.
 
     Args:
@@ -156,14 +152,14 @@ class Table:
         """Check that every value of a column can be a token of an atomic file.
 
         Raises:
-            DataError: naming the line of one that is empty, reads as missing, holds a tab or a line break or, if they
-                should be unique, is there twice.
+            DataError: naming the line of one that is empty, holds a tab or a line break or, if they should be unique,
+                is there twice.
         """
         values = pd.unique(column)
-        bad = [value for value in values if value in MISSING or "\t" in value or "\n" in value or "\r" in value]
+        bad = [value for value in values if not value or "\t" in value or "\n" in value or "\r" in value]
         if bad:
             row = int((column == bad[0]).to_numpy().argmax())
-            why = "is empty or reads as missing" if bad[0] in MISSING else "holds a tab or a line break"
+            why = "holds a tab or a line break" if bad[0] else "is empty"
             raise DataError(
                 f"{self.path}, line {self.line(rows_before + row)}: '{column.name}' {why} ({bad[0]!r}): mend the line "
                 "or take it out"
@@ -258,12 +254,10 @@ class Names:
                     f"{path}, line {lines[row]}: the {what} '{values.iloc[row]}' is there twice; mend it, or move the "
                     "file away to keep the numbers as tokens"
                 )
-        bad = (tokens.isin(MISSING) | tokens.str.contains(r"[\t\r]")).to_numpy(bool)
+        bad = ((tokens == "") | tokens.str.contains(r"[\t\r]")).to_numpy(bool)
         if bad.any():
             row = int(bad.argmax())
-            raise DataError(
-                f"{path}, line {lines[row]}: the name {tokens.iloc[row]!r} is empty, reads as missing or holds a tab"
-            )
+            raise DataError(f"{path}, line {lines[row]}: the name {tokens.iloc[row]!r} is empty or holds a tab")
 
     @classmethod
     def none(cls) -> Names:

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet
 
-from recbole_slifmr.data.convert.source import Open, Table, find_file, open_binary, read_lines
+from recbole_slifmr.data.convert.source import DelimitedFile, Open, find_file, open_binary
 from recbole_slifmr.data.convert.target import (
     ENTITY,
     HEAD,
@@ -25,11 +23,10 @@ from recbole_slifmr.data.convert.target import (
     Summary,
     atomic_folder,
     check_finite,
-    read_matrix,
     summarise,
 )
 from recbole_slifmr.data.features import is_modality_name
-from recbole_slifmr.data.vectors import IDS_FILE
+from recbole_slifmr.data.vectors import IDS_FILE, read_npy, read_parquet, read_tokens
 from recbole_slifmr.errors import DataError, SettingError
 
 
@@ -79,8 +76,8 @@ def convert_tables(
         if not is_modality_name(modality):
             raise SettingError(f"--features: '{modality}' cannot be a modality's name: use another, such as text")
 
-    def table(path: Path, what: str) -> Table:
-        return Table(path, what, separator, open_file)
+    def table(path: Path, what: str) -> DelimitedFile:
+        return DelimitedFile(path, what, separator, open_file)
 
     with atomic_folder(out, name or interactions.name.split(".")[0], force) as atomic:
         _add_interactions(atomic, table(interactions, "interactions"), columns)
@@ -93,7 +90,7 @@ def convert_tables(
     return summarise(atomic, out / atomic.name)
 
 
-def _add_interactions(atomic: AtomicFolder, table: Table, columns: Columns) -> None:
+def _add_interactions(atomic: AtomicFolder, table: DelimitedFile, columns: Columns) -> None:
     fields = {
         table.require(columns.user, "name it with --user-column"): USER,
         table.require(columns.item, "name it with --item-column"): ITEM,
@@ -112,7 +109,7 @@ def _add_interactions(atomic: AtomicFolder, table: Table, columns: Columns) -> N
         atomic.add_interactions(chunk.rename(columns=fields))
 
 
-def _add_items(atomic: AtomicFolder, table: Table, columns: Columns) -> pd.Series:
+def _add_items(atomic: AtomicFolder, table: DelimitedFile, columns: Columns) -> pd.Series:
     """Write the items; return their tokens in the order of the rows."""
     key = table.require(columns.item, "name it with --item-column")
     names = [name for name in table.columns if name]
@@ -144,7 +141,7 @@ def _typed(values: pd.Series, name: str) -> tuple[str, pd.Series]:
     return f"{name}:{'token_seq' if values.str.contains(' ', regex=False).any() else 'token'}", values
 
 
-def _add_triples(atomic: AtomicFolder, table: Table, columns: Columns) -> None:
+def _add_triples(atomic: AtomicFolder, table: DelimitedFile, columns: Columns) -> None:
     fields = {
         table.require(columns.head, "name it with --head-column"): HEAD,
         table.require(columns.relation, "name it with --relation-column"): RELATION,
@@ -156,7 +153,7 @@ def _add_triples(atomic: AtomicFolder, table: Table, columns: Columns) -> None:
         atomic.add_triples(chunk.rename(columns=fields))
 
 
-def _add_links(atomic: AtomicFolder, triples: Path, table: Table | None, columns: Columns) -> None:
+def _add_links(atomic: AtomicFolder, triples: Path, table: DelimitedFile | None, columns: Columns) -> None:
     if table is None:
         both = sorted(atomic.items & atomic.entities)
         if not both:
@@ -186,64 +183,34 @@ def _add_features(
     for name, path in files.items():
         find_file(path, f"the '{name}' features")
         if path.suffix == ".npy":
-            values = read_matrix(path)
             ids_file, ids = _row_tokens(path, items, tokens)
+            values = read_npy(path)[1]
             if len(ids) != len(values):
                 raise DataError(f"{path} has {len(values)} rows but {ids_file} names {len(ids)} items: one row each")
         elif path.suffix == ".parquet":
             ids_file = path
-            ids, values = _read_parquet(path, columns.item)
+            ids, values = read_parquet(path, columns.item, None, "name the items' column with --item-column")
         else:
             raise DataError(f"{path}: features come from .npy or .parquet files")
-        own = ids.to_numpy(object)
-        twice = ids.duplicated().to_numpy()
+        check_finite(path, values)
+        twice = pd.Series(ids).duplicated().to_numpy()
         if twice.any():
             row = int(twice.argmax())
             where = f"row {row}" if ids_file == path else f"line {row + 1}"
-            raise DataError(f"{ids_file}, {where}: item '{own[row]}' is there twice: keep one of them")
-        if not atomic.items.intersection(own):
+            raise DataError(f"{ids_file}, {where}: item '{ids[row]}' is there twice: keep one of them")
+        if not atomic.items.intersection(ids):
             raise DataError(
-                f"{ids_file}: none of its {len(own)} items (such as '{own[0]}') has an interaction: check the tokens"
+                f"{ids_file}: none of its {len(ids)} items (such as '{ids[0]}') has an interaction: check the tokens"
             )
-        features[name] = (own, values)
+        features[name] = (ids, values)
     atomic.add_features(features)
 
 
-def _row_tokens(path: Path, items: Path | None, tokens: pd.Series) -> tuple[Path, pd.Series]:
+def _row_tokens(path: Path, items: Path | None, tokens: pd.Series) -> tuple[Path, np.ndarray]:
     """Return where the rows of a matrix are named, and the names."""
     ids_file = path.parent / IDS_FILE
     if ids_file.is_file():
-        return ids_file, read_lines(ids_file, "the item of each row").str.rstrip("\r")
+        return ids_file, read_tokens(ids_file).astype(object)
     if items is None:
         raise DataError(f"{ids_file} not found: it should name the item of each row of {path.name}, or give --items")
-    return items, tokens
-
-
-def _read_parquet(path: Path, key: str) -> tuple[pd.Series, np.ndarray]:
-    try:
-        table = pa.parquet.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a Parquet file: {' '.join(str(error).split())}") from None
-    if key not in table.column_names:
-        present = ", ".join(table.column_names)
-        raise DataError(f"{path} has no column '{key}', only {present}: name the items' column with --item-column")
-    ids = table[key].cast(pa.string()).to_pandas()
-    others = [name for name in table.column_names if name != key]
-    kinds = [table.schema.field(name).type for name in others]
-    if kinds and all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in kinds):
-        values = np.column_stack([table[name].to_numpy().astype(np.float32) for name in others])
-    elif len(kinds) == 1 and (pa.types.is_list(kinds[0]) or pa.types.is_large_list(kinds[0])
-                              or pa.types.is_fixed_size_list(kinds[0])):  # fmt: skip
-        lists = table[others[0]]
-        lengths = pa.compute.list_value_length(lists).to_pandas()
-        odd = (lengths != lengths.iloc[0]).to_numpy() if len(lengths) else np.ones(1, bool)
-        if odd.any():
-            row = int(odd.argmax())
-            raise DataError(f"{path}, row {row}: '{others[0]}' is missing or of another length than in row 0")
-        values = pa.compute.list_flatten(lists).to_numpy().astype(np.float32).reshape(len(ids), -1)
-    else:
-        raise DataError(f"{path} must hold '{key}' and either columns of numbers or one column of lists of numbers")
-    if 0 in values.shape or ids.isna().any():
-        raise DataError(f"{path} holds no features, or an item without a token")
-    check_finite(path, values)
-    return ids, values
+    return items, tokens.to_numpy(object)

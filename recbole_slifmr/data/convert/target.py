@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from recbole_slifmr.data.vectors import IDS_FILE
+from recbole_slifmr.data.vectors import IDS_FILE, check_matrix, write_tokens
 from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.files import replace_folder
 
 USER, ITEM, RATING, TIME = "user_id:token", "item_id:token", "rating:float", "timestamp:float"
 HEAD, RELATION, TAIL, ENTITY = "head_id:token", "relation_id:token", "tail_id:token", "entity_id:token"
@@ -119,7 +119,7 @@ class AtomicFolder:
             features: per modality the item tokens ``[n]`` and the rows ``[n, d]``, which may be mapped into memory.
         """
         tokens = pd.unique(np.concatenate([tokens for tokens, _ in features.values()]))
-        (self.folder / IDS_FILE).write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
+        write_tokens(self.folder / IDS_FILE, tokens)
         used = pd.Series(tokens).isin(self.items).to_numpy()
         for name, (own, values) in features.items():
             path = self.folder / f"{name}.npy"
@@ -152,15 +152,9 @@ def atomic_folder(out: Path, name: str, force: bool = False) -> Iterator[AtomicF
         raise SettingError(f"'{name}' cannot be the name of a data set: use letters, digits, - and _, with --name")
     target = out / name
     _check_target(target, force)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=out) as scratch:
-        folder = Path(scratch) / name
-        folder.mkdir()
+    with replace_folder(target) as folder:
         yield AtomicFolder(folder, name)
         _check_target(target, force)
-        if target.exists():
-            target.rename(Path(scratch) / "old")
-        folder.rename(target)
 
 
 def _check_target(target: Path, force: bool) -> None:
@@ -188,29 +182,15 @@ def summarise(atomic: AtomicFolder, folder: Path) -> Summary:
     )
 
 
-def read_matrix(path: Path) -> np.ndarray:
-    """Return the rows of a ``.npy`` file, ``[items, dimension]``, mapped into memory.
+def check_finite(path: Path, values: np.ndarray) -> np.ndarray:
+    """Return a matrix of features ``[n, d]``, checked.
 
     Raises:
-        DataError: if it is not a matrix of finite numbers.
+        DataError: if it is no matrix of numbers, or naming the first row with a NaN or infinity.
     """
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path} is not a .npy array of numbers: {error}") from None
-    if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiu":
-        raise DataError(f"{path} must be a matrix of numbers [items, dimension], not {values.dtype} {values.shape}")
-    check_finite(path, values)
-    return values
-
-
-def check_finite(path: Path, values: np.ndarray) -> None:
-    """Check a matrix of features for NaN and infinity.
-
-    Raises:
-        DataError: naming the first row that has one.
-    """
+    check_matrix(path, values)
     for start in range(0, len(values), ROWS):
         finite = np.isfinite(values[start : start + ROWS]).all(axis=1)
         if not finite.all():
             raise DataError(f"{path}, row {start + int(finite.argmin())}: NaN or infinite; mend it or set it to zeros")
+    return values
