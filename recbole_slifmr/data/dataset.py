@@ -7,15 +7,11 @@ users and items as RecBole's plain ``Dataset`` does.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import recbole.data.dataset.dataset
 import torch
 from recbole.data.dataset import KnowledgeBasedDataset
 from recbole.data.interaction import Interaction
@@ -26,13 +22,15 @@ from recbole_slifmr.data import ml100k
 from recbole_slifmr.data.cold import hold_out, is_cold
 from recbole_slifmr.data.features import ItemFeatures, find_modalities, load_features
 from recbole_slifmr.data.noise import disturb_features, disturb_kg, draw_interactions, drop_interactions, read_noise
-from recbole_slifmr.data.table import MISSING_NUMBER, AtomicFile, examine
+from recbole_slifmr.data.split import FILTERS, KG_FILTERS, check_columns, check_split, columns_of_settings, refuse_empty
+from recbole_slifmr.data.table import examine, reading_with
 from recbole_slifmr.data.vectors import ItemFile
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.paths import find_feature_folder
 
 # Settings that the data set class reads, for any model.
 SETTINGS = ("modalities", "exclude_modalities", "feature_path", "feature_missing", "use_kg", "use_features")
+WITHOUT = ("no epoch is better than another, and the last one is tested", "there are no test scores")
 CONTENTS = {
     FeatureSource.INTERACTION: "interactions",
     FeatureSource.USER: "users",
@@ -51,38 +49,6 @@ def item_file_of(config: Any) -> ItemFile:
 def feature_folder_of(config: Any) -> Path:
     """Return the folder of the feature files that a configuration means; it may be absent."""
     return find_feature_folder(config["feature_path"], Path(config["data_path"]))
-
-
-class _CheckedPandas:
-    """pandas, but ``read_csv`` takes the C parser where it can, and only an empty value for a missing token.
-
-    The C parser is about eight times as fast as the Python parser that RecBole asks for; numbers are the same. By
-    default pandas takes tokens such as NA, None and null for missing, and RecBole then drops their interactions.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(pd, name)
-
-    @staticmethod
-    def read_csv(*args: Any, delimiter: str, dtype: dict[str, Any], **kwargs: Any) -> pd.DataFrame:
-        missing = {name: [""] if kind is str else list(MISSING_NUMBER) for name, kind in dtype.items()}
-        kwargs |= {"dtype": dtype, "na_values": missing, "keep_default_na": False}
-        if len(delimiter.encode()) == 1:
-            kwargs |= {"engine": "c", "float_precision": "round_trip"}
-        return pd.read_csv(*args, delimiter=delimiter if len(delimiter) == 1 else re.escape(delimiter), **kwargs)
-
-
-@contextmanager
-def _reading_with(config: Any, encoding: str) -> Iterator[None]:
-    """Have RecBole read files with :class:`_CheckedPandas` and an encoding."""
-    original, before = recbole.data.dataset.dataset.pd, config["encoding"]
-    try:
-        recbole.data.dataset.dataset.pd = _CheckedPandas()
-        config["encoding"] = encoding
-        yield
-    finally:
-        recbole.data.dataset.dataset.pd = original
-        config["encoding"] = before
 
 
 class SLIFMRDataset(KnowledgeBasedDataset):
@@ -106,11 +72,13 @@ class SLIFMRDataset(KnowledgeBasedDataset):
 
     item2entity: dict[str, str]
     entity2item: dict[str, str]
-    kg_feat: Any  # a DataFrame, then RecBole's Interaction
+    inter_feat: Any  # a DataFrame, then RecBole's Interaction, as the others are
+    kg_feat: Any
 
     def _get_field_from_config(self) -> None:
         super()._get_field_from_config()
         folder = Path(self.dataset_path)
+        check_split(self.config)
         is_kg_model = self.config["MODEL_TYPE"] == ModelType.KNOWLEDGE
         kg, link = (folder / f"{self.dataset_name}.{suffix}" for suffix in ("kg", "link"))
         if is_kg_model and not kg.is_file():
@@ -123,12 +91,15 @@ class SLIFMRDataset(KnowledgeBasedDataset):
             raise SettingError(f"noise: {self.noise.of('kg')[0]} needs a knowledge graph, and there is no {kg}")
 
     def _get_load_and_unload_col(self, source: Any) -> tuple[set[str] | None, set[str] | None]:
-        """Load just what the model reads of ``.kg`` and ``.link``, whatever ``load_col`` says."""
+        """Load just what the model reads of ``.kg`` and ``.link``; of ``.inter`` also what other settings work on."""
         if source == FeatureSource.KG:
             return {self.head_entity_field, self.relation_field, self.tail_entity_field}, None
         if source == "link":
             return {self.iid_field, self.entity_field}, None
-        return super()._get_load_and_unload_col(source)
+        load, unload = super()._get_load_and_unload_col(source)
+        if source == FeatureSource.INTERACTION and load:
+            load |= set(columns_of_settings(self.config))
+        return load, unload
 
     def _load_data(self, token: str, dataset_path: str) -> None:
         if not Path(dataset_path).is_dir():
@@ -155,14 +126,17 @@ class SLIFMRDataset(KnowledgeBasedDataset):
         if file.n_rows == 0:
             raise DataError(f"{filepath} holds no {CONTENTS.get(source, 'rows')}")
         try:
-            with _reading_with(self.config, file.encoding):
+            with reading_with(self.config, file.encoding):
                 frame = super()._load_feat(filepath, source)
         except (ValueError, TypeError) as error:  # pandas' parser errors are ValueErrors
             reason = file.find_bad_number(list(file.types), self.config["seq_separator"])
             raise DataError(reason or f"{filepath} cannot be read: {' '.join(str(error).split())}") from error
         if frame is None:
             raise DataError(f"{filepath}: load_col names none of its columns {', '.join(file.types)}")
-        self._check_values(file, frame, [field for field in ids if field in frame], source)
+        file.check_ids(frame, [field for field in ids if field in frame])
+        file.check_numbers(frame, may_be_missing=source != FeatureSource.INTERACTION)
+        if source in (FeatureSource.USER, FeatureSource.ITEM, "link"):
+            file.check_unique(frame, ids[0])
         return frame
 
     def _id_columns(self, source: Any) -> tuple[str, ...]:
@@ -175,39 +149,6 @@ class SLIFMRDataset(KnowledgeBasedDataset):
             "link": (self.iid_field, self.entity_field),
         }
         return by_source.get(source, ())
-
-    def _check_values(self, file: AtomicFile, frame: pd.DataFrame, ids: Sequence[str], source: Any) -> None:
-        """Refuse missing ids, numbers that RecBole would invent, and rows that contradict each other.
-
-        RecBole drops rows without an id, puts the column's mean in the place of a missing rating or timestamp, takes
-        the last of two links of an item and the first of two rows of a user or item.
-        """
-        for field in ids:
-            missing = frame[field].isna().to_numpy()
-            if missing.any():
-                line = file.line_of(int(missing.argmax()))
-                raise DataError(f"{file.path}, line {line}: '{field}' is empty: fill it in or drop the line")
-        for field in frame.select_dtypes("float64"):
-            values = frame[field].to_numpy()
-            bad = ~np.isfinite(values) if source == FeatureSource.INTERACTION else np.isinf(values)
-            if bad.any():
-                line, value = file.line_of(int(bad.argmax())), values[bad.argmax()]
-                what = "is missing" if np.isnan(value) else f"is {value}"
-                raise DataError(
-                    f"{file.path}, line {line}: '{field}' {what}: put a number there, drop the line or leave the "
-                    "column out of load_col"
-                )
-        if source in (FeatureSource.USER, FeatureSource.ITEM, "link"):
-            key = ids[0]
-            again = frame[key].duplicated(keep=False)
-            rows = frame[again].astype(str).drop_duplicates()  # the same line twice does no harm
-            differing = rows[rows[key].duplicated(keep=False)]
-            if len(differing):
-                token = differing[key].iloc[0]
-                first, second = (file.line_of(int(row)) for row in differing.index[differing[key] == token][:2])
-                raise DataError(
-                    f"{file.path}: lines {first} and {second} say different things of {key} '{token}': drop one"
-                )
 
     def _load_kg(self, token: str, dataset_path: str) -> pd.DataFrame:
         if self.has_kg:
@@ -226,9 +167,37 @@ class SLIFMRDataset(KnowledgeBasedDataset):
             names.remove("kg_feat")  # RecBole refuses an empty one
         return names
 
+    def _remove_duplication(self) -> None:
+        """Sort by time first, ties in the order of the file; RecBole's sort leaves ties in any order."""
+        keep = self.config["rm_dup_inter"]
+        if keep is None or self.time_field not in self.inter_feat:
+            return super()._remove_duplication()
+        ordered = self.inter_feat.sort_values(self.time_field, kind="stable")
+        self.inter_feat = ordered.drop_duplicates([self.uid_field, self.iid_field], keep=keep)
+        return None
+
+    def _parse_intervals_str(self, intervals_str: Any) -> Any:
+        """Refuse what is no interval; RecBole leaves it out, and nothing is filtered."""
+        try:
+            parsed = super()._parse_intervals_str(intervals_str)
+        except (ValueError, IndexError):
+            parsed = []
+        if parsed is not None and len(parsed) <= str(intervals_str).count(";"):
+            raise SettingError(f"'{intervals_str}' is no interval: write it as [5,inf) or [1,2];(4,5]")
+        return parsed
+
+    def _reset_index(self) -> None:
+        for name in self.feat_name_list:
+            if getattr(self, name).empty:
+                refuse_empty(self, name.removesuffix("_feat"), FILTERS)
+        super()._reset_index()
+
     def _filter_kg_by_triple_num(self) -> None:
-        if self.has_kg:
-            super()._filter_kg_by_triple_num()
+        if not self.has_kg:
+            return
+        super()._filter_kg_by_triple_num()
+        if self.kg_feat.empty:
+            refuse_empty(self, "kg", KG_FILTERS)
 
     def _filter_link(self) -> None:
         """Keep every interaction; stray links are pruned in :meth:`_merge_item_and_entity`."""
@@ -290,6 +259,7 @@ class SLIFMRDataset(KnowledgeBasedDataset):
         self.entity2item = {entity: item for item, entity in self.item2entity.items()}
 
     def _data_processing(self) -> None:
+        check_columns(self)
         super()._data_processing()
         fields = [self.head_entity_field, self.relation_field, self.tail_entity_field]
         self.triples: Tensor = torch.from_numpy(self.kg_feat[fields].to_numpy(np.int64))
@@ -366,9 +336,19 @@ class SLIFMRDataset(KnowledgeBasedDataset):
             self.logger.info(hold_out(parts, share, torch.initial_seed()) + self._describe_unknown(parts[0]))
         if len(parts[0].inter_feat) == 0:
             raise DataError(f"the training split of '{self.dataset_name}' is empty: check eval_args and the files")
+        for part, kind, effect in zip(parts[1:], ("validation", "testing"), WITHOUT, strict=True):
+            if len(part.inter_feat) == 0:
+                self.logger.warning(f"no interactions of '{self.dataset_name}' are left for {kind}: {effect}")
         if self.noise.of("interaction"):
             parts[0].inter_feat = self._disturb_interactions(parts)
         return parts
+
+    def _dataframe_to_interaction(self, data: pd.DataFrame) -> Any:
+        """Keep times as float64: as float32, RecBole's choice, seconds since 1970 tie over a minute."""
+        interaction = super()._dataframe_to_interaction(data)
+        if self.time_field in interaction and data[self.time_field].dtype == np.float64:
+            interaction[self.time_field] = torch.from_numpy(data[self.time_field].to_numpy(copy=True))
+        return interaction
 
     def _disturb_interactions(self, parts: list[SLIFMRDataset]) -> Any:
         """Return the training interactions with noise."""

@@ -19,7 +19,7 @@ from recbole.data import create_dataset, data_preparation
 from recbole.trainer import PretrainTrainer
 from recbole.utils import ModelType, get_model, get_trainer, init_logger, init_seed
 
-from recbole_slifmr.errors import SettingError, UnknownSettingWarning
+from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
 from recbole_slifmr.host.settings import bad_input, make_config
 from recbole_slifmr.training.checkpoint import check_data, data_record, read_checkpoint
 from recbole_slifmr.training.distributed import launch, stay_on_this_machine
@@ -119,6 +119,8 @@ def run(
     if not config["single_spec"]:
         getLogger().info(f"{config['world_size']} processes on {config['device'].type}")
     prepared = prepare(config, split_seed)
+    if detailed and len(prepared.test_data._dataset) == 0:
+        raise DataError(f"the test split of '{config['dataset']}' is empty: check eval_args and the files")
     trainer = prepared.trainer
     getLogger().info(trainer.model)
     if resume is not None:
