@@ -11,13 +11,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import REAL_DATA, write_table, write_tiny
+from conftest import QUIET, REAL_DATA, write_table, write_tiny
+from recbole.data import create_dataset
 
 from recbole_slifmr.cli import main
 from recbole_slifmr.data.convert import Columns, convert_kgat, convert_mmrec, convert_tables
 from recbole_slifmr.data.features import find_modalities, load_features
 from recbole_slifmr.data.vectors import ItemFile
 from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.host.settings import make_config
 
 SPLITS = ("train", "valid", "test")
 
@@ -400,6 +402,19 @@ def test_items_keep_their_columns_with_recbole_s_types(tables, tmp_path):
     items = read(folder / "shop.item")
     assert items.columns.tolist() == ["item_id:token", "title:token_seq", "price:float", "genre:token"]
     assert items["title:token_seq"].tolist() == ["Tea, green", 'a "b"', "two lines", "x", "y"]
+
+
+def test_tokens_that_read_like_missing_values_are_converted_and_loaded(tables, tmp_path):
+    for file in ("shop.csv", "items.csv", "kg.csv"):
+        text = (tables / file).read_text().replace("b1", "NA").replace("b3", "nan").replace("u2", "null")
+        (tables / file).write_text(text)
+    summary = convert_shop(tables, tmp_path / "out", items=tables / "items.csv", triples=tables / "kg.csv")
+    assert ("NA", "NA") in rows(summary.folder / "shop.link")
+    config = make_config("SLIFMR", "shop", settings={**QUIET, "data_path": str(tmp_path / "out")})
+    dataset = create_dataset(config)
+    assert set(dataset.field2id_token["item_id"]) == {"[PAD]", "b0", "NA", "b2", "nan", "b4"}
+    assert "null" in dataset.field2id_token["user_id"] and len(dataset.inter_feat) == 35
+    assert set(dataset.item2entity) == {"b0", "NA"}
 
 
 def test_items_that_are_entities_are_linked(tables, tmp_path):

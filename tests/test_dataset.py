@@ -9,7 +9,7 @@ from recbole.data.dataset import Dataset, KnowledgeBasedDataset
 from recbole.utils import init_seed
 
 from recbole_slifmr.data.dataset import SLIFMRDataset
-from recbole_slifmr.errors import DataError
+from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.host.settings import make_config
 
 
@@ -355,6 +355,29 @@ def test_tokens_that_read_like_missing_values_are_tokens(tiny):
     assert dataset.item2entity["null"] == "e3" and dataset.item2entity["i5"] == "None"
 
 
+ODD_TOKENS = ["1e5", "100000", "0x1f", "31", "nan", "-0", "0", "00", "inf", "True", "1.0", "1"]
+
+
+def test_tokens_that_read_like_numbers_are_tokens(tiny):
+    users, items = ODD_TOKENS, [*ODD_TOKENS[::-1], "x"]
+    rows = [(user, items[(u + k) % 13]) for u, user in enumerate(users, 1) for k in range(1, 7)]
+    write_table(tiny / "tiny.inter", "user_id:token\titem_id:token", rows)
+    write_table(tiny / "tiny.kg", "head_id:token\trelation_id:token\ttail_id:token", [(t, "1e5", "nan") for t in items])
+    write_table(tiny / "tiny.link", "item_id:token\tentity_id:token", [(t, t) for t in items])
+    (tiny / "items.txt").write_text("".join(f"{item}\n" for item in items))
+    np.save(tiny / "text.npy", np.arange(1, 27).reshape(13, 2))
+    (tiny / "image.npy").unlink()
+    (tiny / "table.csv").write_text("item_id,x\n" + "".join(f"{item},{n}\n" for n, item in enumerate(items, 1)))
+    dataset = dataset_of(tiny, modalities={"text": "text.npy", "table": "table.csv"})
+    assert sorted(dataset.field2id_token["user_id"][1:]) == sorted(users)
+    assert sorted(dataset.field2id_token["item_id"][1:]) == sorted(items)
+    assert dataset.item2entity == {item: item for item in items}
+    for n, item in enumerate(items, 1):
+        row = dataset.token2id("item_id", item)
+        assert dataset.item_features["text"].values[row].tolist() == [2 * n - 1, 2 * n]
+        assert dataset.item_features["table"].values[row].tolist() == [n]
+
+
 @pytest.mark.parametrize("separator", [",", "||", "é"])
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "utf-16"])
 def test_other_separators_and_encodings(tiny, separator, encoding):
@@ -435,6 +458,13 @@ def test_ml_100k_works_out_of_the_box(tmp_path, monkeypatch):
     (tmp_path / "features" / "text.npy").unlink()  # an interrupted first use is made good
     create_dataset(config)
     np.testing.assert_array_equal(np.load(tmp_path / "features" / "text.npy"), before)
+
+
+def test_a_folder_for_the_features_of_ml_100k_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = make_config("SLIFMR", "ml-100k", settings={**QUIET, "feature_path": str(tmp_path / "file" / "x")})
+    with pytest.raises(SettingError, match="file/x: Not a directory; name another with --feature_path"):
+        create_dataset(config)
 
 
 def test_ml_100k_keeps_a_user_s_own_features(tmp_path):

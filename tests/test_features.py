@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import QUIET, write_table
+from recbole.data.interaction import Interaction
 
 from recbole_slifmr.data.features import load_features
 from recbole_slifmr.data.vectors import ItemFile
@@ -142,6 +143,17 @@ def test_whole_numbers_are_tokens(tmp_path):
     assert firsts == [1, 0, 2, 2]
 
 
+@pytest.mark.parametrize("kind", ["<f8", ">f8", "f2", "i8", "i1", "u2"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_any_kind_of_number_in_any_order_is_read(tmp_path, kind, order):
+    rows = np.array([[1, 2, 3], [0, 1, 5], [4, 4, 4], [9, 0, 1]])
+    np.save(tmp_path / "x.npy", np.asarray(rows, dtype=kind, order=order))
+    write_ids(tmp_path / "items.txt")
+    values, mask = load(tmp_path, "x.npy")
+    assert values.dtype == torch.float32 and mask.sum() == 4
+    np.testing.assert_array_equal(values[[4, 5, 1, 2]].numpy(), rows)
+
+
 def test_what_was_found_is_logged(tmp_path, caplog):
     rows = np.concatenate([ROWS, ROWS[[0]], np.zeros((1, 3)), [[np.nan] * 3]])
     np.save(tmp_path / "x.npy", rows)  # a row of an item that the set does not have may be anything
@@ -180,6 +192,31 @@ def test_models_train_on_filled_items(tiny, model, missing):
     assert bool(values[data.token2id("item_id", "i1")].any()) == (missing == "mean")
     prepared.trainer.fit(prepared.train_data, prepared.valid_data, show_progress=False)
     assert all(parameter.isfinite().all() for parameter in prepared.trainer.model.parameters())
+
+
+ODD = {
+    "identical rows": np.ones((15, 4)),
+    "cosines all negative": 15 * np.eye(15) - 1,
+    "one item": np.eye(15)[:, [3]],
+    "large numbers": 1e18 * np.random.default_rng(0).normal(size=(15, 4)),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize(
+    "model, settings",
+    [(model, {}) for model in MODELS if model != "XSimGCL"]
+    + [(model, {"knn_k": 1000}) for model in ("SLIFMR", "LATTICE", "FREEDOM")],
+)
+def test_models_train_on_odd_features_and_with_more_neighbours_than_items(tiny, model, settings, case):
+    np.save(tiny / "text.npy", ODD[case])
+    settings = {**QUIET, "epochs": 1, "data_path": str(tiny.parent), "modalities": {"text": "text.npy"}, **settings}
+    prepared = prepare(make_config(model, "tiny", settings=settings))
+    prepared.trainer.fit(prepared.train_data, prepared.valid_data, show_progress=False)
+    prepared.trainer.model.eval()
+    with torch.no_grad():
+        scores = prepared.trainer.model.full_sort_predict(Interaction({"user_id": torch.arange(1, 21)})).view(20, -1)
+    assert scores.isfinite().all() and (scores[:, 1:].std(dim=1) > 0).all()
 
 
 # -- big files -------------------------------------------------------------------------------------------------------

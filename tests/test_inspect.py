@@ -109,6 +109,28 @@ def test_features_and_graph_of_the_planted_set_tell_taste():
     assert all(value >= 0 for value in found["memory_mb"].values())
 
 
+def said_of_text(rows, folder):
+    """Inspect the planted set with other text features; return the remarks on them."""
+    from recbole_slifmr.paths import DATASETS, ROOT
+
+    toy = ROOT / DATASETS / "toy"
+    folder.mkdir()
+    np.save(folder / "text.npy", rows(np.load(toy / "text.npy")))
+    (folder / "items.txt").write_text((toy / "items.txt").read_text())
+    return [line for line in remarks(survey_of(toy, feature_path=str(folder))) if line.startswith("text: ")]
+
+
+def test_features_that_say_nothing_are_named(tmp_path):
+    noise = np.random.default_rng(0)
+    assert said_of_text(lambda good: good, tmp_path / "good") == []
+    constant = said_of_text(lambda good: np.ones_like(good), tmp_path / "constant")
+    assert any("items have the same features, which tell none from another" in line for line in constant)
+    (line,) = said_of_text(lambda good: noise.normal(size=good.shape), tmp_path / "noise")
+    assert line.startswith("text: similar items are not consumed by the same users (AUC 0.")
+    placeholder = said_of_text(lambda good: np.where(np.arange(len(good))[:, None] % 4, good, 1), tmp_path / "some")
+    assert any("have the features of an earlier item" in line for line in placeholder)
+
+
 def test_a_set_of_interactions_alone(tiny):
     for file in ("tiny.kg", "tiny.link", "text.npy", "image.npy"):
         (tiny / file).unlink()

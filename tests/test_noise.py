@@ -141,6 +141,15 @@ def test_added_interactions_are_uniform_over_the_free_pairs():
     assert abs(free - 100).max() < 5 * np.sqrt(100 * 2 / 3)  # each is drawn a third of the time
 
 
+def test_pairs_of_more_users_and_items_than_32_bits_tell_apart():
+    """200,000 x 60,000 pairs: a product in 32 bits would take new pairs for known ones, and the other way round."""
+    users, items = np.arange(1, 200_001, dtype=np.int32), (np.arange(200_000, dtype=np.int32) * 7 % 60_000) + 1
+    new = draw_interactions(Noise({"interaction_add": 0.5}, 0), 200_000, users, items, 200_001, 60_001)[:2]
+    added = set(zip(*(part.tolist() for part in new), strict=True))
+    assert len(added) == 100_000 and not added & set(zip(users.tolist(), items.tolist(), strict=True))
+    assert max(user for user, _ in added) > 199_900 and max(item for _, item in added) > 59_900
+
+
 def test_dropped_interactions_are_exact_nested_and_leave_everyone_something(tiny):
     clean = load(tiny, {})[0]
     n, users, items = len(clean.inter_feat), *(set(ids) for ids in zip(*pairs(clean), strict=True))

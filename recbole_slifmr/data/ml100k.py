@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recbole_slifmr.data.extract import TFIDF, tfidf_vectors, write_features
+from recbole_slifmr.data.extract import TFIDF, check_target, tfidf_vectors, write_features
 from recbole_slifmr.data.vectors import OWN_IDS, ItemFile
 
 SOURCE = {"file": "text.npy", "ids": f"text{OWN_IDS}"}  # named: an items.txt may belong to other features
@@ -21,10 +21,14 @@ def text_features(item_file: ItemFile) -> tuple[list[str], np.ndarray]:
 
 
 def ensure_text_features(item_file: ItemFile, folder: Path) -> None:
-    """Write the files of ``SOURCE`` into the folder unless they are there."""
+    """Write the files of ``SOURCE`` into the folder unless they are there.
+
+    Raises:
+        SettingError: if the folder cannot be written to.
+    """
     if all((folder / file).is_file() for file in SOURCE.values()):
         return
     tokens, values = text_features(item_file)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_target(folder, "text", overwrite=True)
     fields = ["movie_title", "class", "release_year", "decade"]
     write_features(folder, "text", tokens, [values], values.shape[1], model=TFIDF, fields=fields, dataset="ml-100k")

@@ -15,6 +15,7 @@ import scipy.sparse as sp
 from torch.nn import functional as F
 
 from recbole_slifmr.data.dataset import SLIFMRDataset
+from recbole_slifmr.data.features import ItemFeatures
 from recbole_slifmr.data.table import examine
 from recbole_slifmr.files import replace_file, write_json
 
@@ -59,6 +60,7 @@ def survey(config: Any, splits: Mapping[str, SLIFMRDataset], n_pairs: int = N_PA
         "duplicates": _duplicates(train, config),
         "knowledge_graph": _describe_kg(train, config) if train.has_kg else None,
         "modalities": modalities,
+        "repeated_features": {name: _count_repeats(features) for name, features in train.item_features.items()},
         "items_without_either": int((~covered[1:]).sum()),
         "similarity": _similarity(train, pairs["train"], n_pairs, seed),
         "memory_mb": memory,
@@ -164,6 +166,12 @@ def _describe_kg(data: SLIFMRDataset, config: Any) -> dict[str, int]:
         "links_to_unknown_entities": int((~known_entity).sum()),
         "entities_of_several_items": int((used.value_counts() > 1).sum()),
     }
+
+
+def _count_repeats(features: ItemFeatures) -> int:
+    """Count the items whose row an item before them has too, as with a placeholder for a missing image."""
+    rows = features.values[features.mask].numpy()
+    return len(rows) - len({row.tobytes() for row in rows})
 
 
 # -- similarity and taste ---------------------------------------------------------------------------------------------
@@ -293,6 +301,12 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{without} items ({without / n_items:.1%}) have neither an entity nor features: interactions alone"
         )
+    for name, count in found["repeated_features"].items():
+        n_present = found["modalities"][name]["items"]
+        if count and count == n_present - 1:
+            lines.append(f"{name}: all {n_present} items have the same features, which tell none from another")
+        elif count > 0.01 * n_present:
+            lines.append(f"{name}: {count} items ({count / n_present:.1%}) have the features of an earlier item")
     for name, result in found["similarity"].items():
         if result["auc"] is not None and result["auc"] < 0.52:
             lines.append(f"{name}: similar items are not consumed by the same users (AUC {result['auc']:.3f})")
