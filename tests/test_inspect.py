@@ -1,6 +1,7 @@
 """What is found in a data set is what is in it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,6 +162,31 @@ def test_the_memory_is_that_of_the_model_asked_for(tiny, tmp_path, model):
     found = json.loads((tmp_path / "inspect.json").read_text())
     assert ("item graphs" in found["memory_mb"]) == (model == "LATTICE")
     assert set(found["modalities"]) == ({"text", "image"} if model == "LATTICE" else set())
+
+
+def test_no_command_writes_into_the_folder_of_the_data(tiny, capsys):
+    def state():
+        return {
+            path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in [*tiny.iterdir(), tiny.parent / "x"]
+        }
+
+    (tiny.parent / "x").write_text("beside it")
+    before, folder = state(), tiny.stat().st_mtime_ns
+    data, fast = f"--data_path={tiny.parent}", ("--epochs=1", "--topk=[5]", "--show_progress=False", "--state=ERROR")
+    commands = [
+        ("train", "--model=SLIFMR", "--dataset=tiny", data, *fast, "--checkpoint_dir=saved"),
+        ("inspect", "tiny", data, "--topk=[5]"),
+    ]
+    for command in commands:
+        with pytest.raises(SystemExit) as stop:
+            main(list(command))
+        assert stop.value.code == 0, capsys.readouterr().err
+    (checkpoint,) = Path("saved").glob("*.pth")
+    for command in (("recommend", "--all", "--out=r.csv"), ("export", "--out=exported")):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, f"--checkpoint={checkpoint}"])
+        assert stop.value.code == 0, capsys.readouterr().err
+    assert state() == before and tiny.stat().st_mtime_ns == folder
 
 
 def test_bad_input_to_the_command_is_one_line(tiny, capsys):

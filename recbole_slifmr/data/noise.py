@@ -172,7 +172,7 @@ def draw_interactions(
         SettingError: if there are too few such pairs, or a user would have every item.
     """
     count = noise.count("interaction_add", n_train)
-    known = np.unique(users.astype(np.int64) * n_items + items)
+    known = torch.unique(torch.from_numpy(users.astype(np.int64) * n_items + items)).numpy()
     n_free = (n_users - 1) * (n_items - 1) - len(known)
     too_much = f"noise: interaction_add {noise.levels['interaction_add']:g} adds {count} interactions"
     if count > n_free:

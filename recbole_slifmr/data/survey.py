@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from torch.nn import functional as F
 
 from recbole_slifmr.data.dataset import SLIFMRDataset
@@ -85,7 +86,7 @@ def _linked(data: SLIFMRDataset) -> np.ndarray:
 def _count(data: SLIFMRDataset, pairs: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     counts = {}
     for name, (users, items) in {"all": np.concatenate(list(pairs.values()), axis=1), **pairs}.items():
-        n_users, n_items = len(np.unique(users)), len(np.unique(items))
+        n_users, n_items = len(_distinct(users)), len(_distinct(items))
         counts[name] = {
             "users": n_users,
             "items": n_items,
@@ -95,14 +96,22 @@ def _count(data: SLIFMRDataset, pairs: Mapping[str, np.ndarray]) -> dict[str, di
     return counts
 
 
+def _distinct(ids: np.ndarray) -> np.ndarray:
+    """Return what NumPy's ``unique`` does, in a fraction of the time that its hashing takes since NumPy 2.3."""
+    return torch.unique(torch.from_numpy(ids)).numpy()
+
+
 def _compare(train: np.ndarray, other: np.ndarray) -> dict[str, int]:
     """Count what another split has that training lacks, and the pairs that it has in common with training."""
     n_items = int(max(train[1].max(initial=0), other[1].max(initial=0))) + 1
-    known, asked = (np.unique(pairs[0] * n_items + pairs[1]) for pairs in (train, other))
+    known, asked = (
+        [_distinct(ids) for ids in (pairs[0], pairs[1], pairs[0] * n_items + pairs[1])] for pairs in (train, other)
+    )
+    shared = [len(np.intersect1d(a, b, assume_unique=True)) for a, b in zip(known, asked, strict=True)]
     return {
-        "users": len(np.setdiff1d(other[0], train[0])),
-        "items": len(np.setdiff1d(other[1], train[1])),
-        "pairs_of_training": len(np.intersect1d(known, asked)),
+        "users": len(asked[0]) - shared[0],
+        "items": len(asked[1]) - shared[1],
+        "pairs_of_training": shared[2],
     }
 
 
