@@ -30,7 +30,7 @@ from recbole_slifmr.model import MODELS
 from recbole_slifmr.training import trainer
 
 # What a saved data set depends on beside RecBole's own list.
-DATASET_SETTINGS = (*SETTINGS, "MODEL_TYPE", "data_path", "noise", "cold_items")
+DATASET_SETTINGS = (*SETTINGS, "MODEL_TYPE", "data_path", "noise", "cold_items", "eval_args")
 
 
 def register() -> None:

@@ -116,6 +116,11 @@ def test_columns_that_settings_name_are_loaded(timed):
     assert set(labels.tolist()) == {0.0, 1.0}
 
 
+def test_a_saved_data_set_is_not_used_by_a_split_that_needs_more_columns(timed):
+    assert "timestamp" not in load(timed, save_dataset=True)[0].inter_feat
+    assert "timestamp" in load(timed, **eval_args(RATIO))[0].inter_feat
+
+
 MISSING = {
     "time": (eval_args(RATIO), r"eval_args: order TO needs the column 'timestamp', which neither .*tiny\.inter nor"),
     "moment": (eval_args(MOMENT), r"order TO needs the column 'timestamp'"),

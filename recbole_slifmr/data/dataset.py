@@ -170,11 +170,11 @@ class SLIFMRDataset(KnowledgeBasedDataset):
     def _remove_duplication(self) -> None:
         """Sort by time first, ties in the order of the file; RecBole's sort leaves ties in any order."""
         keep = self.config["rm_dup_inter"]
-        if keep is None or self.time_field not in self.inter_feat:
-            return super()._remove_duplication()
-        ordered = self.inter_feat.sort_values(self.time_field, kind="stable")
-        self.inter_feat = ordered.drop_duplicates([self.uid_field, self.iid_field], keep=keep)
-        return None
+        if keep is not None and self.time_field in self.inter_feat:
+            ordered = self.inter_feat.sort_values(self.time_field, kind="stable")
+            self.inter_feat = ordered.drop_duplicates([self.uid_field, self.iid_field], keep=keep)
+        else:
+            super()._remove_duplication()
 
     def _parse_intervals_str(self, intervals_str: Any) -> Any:
         """Refuse what is no interval; RecBole leaves it out, and nothing is filtered."""

@@ -193,8 +193,8 @@ def _as_tokens(ids: Any, path: Path) -> np.ndarray:
 # -- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def read_npy(path: Path) -> tuple[None, np.ndarray]:
-    """Return that a ``.npy`` file names no tokens, and its array, mapped into memory.
+def read_npy(path: Path) -> np.ndarray:
+    """Return the array in a ``.npy`` file, mapped into memory.
 
     Raises:
         DataError: if it holds anything else.
@@ -203,7 +203,7 @@ def read_npy(path: Path) -> tuple[None, np.ndarray]:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise DataError(f"{path} is an archive: name it .npz")
-        return None, array
+        return array
 
 
 def _read_npz(path: Path) -> tuple[Any, np.ndarray]:
@@ -379,7 +379,7 @@ def _parse_float_seq(file: ItemFile, field: str) -> tuple[np.ndarray, np.ndarray
 
 
 ARRAYS: dict[str, Callable[[Path], tuple[Any, np.ndarray]]] = {
-    ".npy": read_npy, ".npz": _read_npz, ".pt": _read_pt, ".pth": _read_pt,
+    ".npy": lambda path: (None, read_npy(path)), ".npz": _read_npz, ".pt": _read_pt, ".pth": _read_pt,
 }  # fmt: skip
 TABLES: dict[str, Callable[[Path, str, str | None], tuple[np.ndarray, np.ndarray]]] = {
     ".csv": _read_delimited(","), ".tsv": _read_delimited("\t"), ".parquet": read_parquet,

@@ -53,7 +53,7 @@ def convert_mmrec(
     columns += [column for column in ("rating", "timestamp") if column in table.columns]
     users, items = (_read_mapping(source / f"{side}_id_mapping.csv", open_file) for side in "ui")
     files = sorted(source.glob(f"*{FEATURES}"))
-    features = {file.name.removesuffix(FEATURES): check_finite(file, read_npy(file)[1]) for file in files}
+    features = {file.name.removesuffix(FEATURES): check_finite(file, read_npy(file)) for file in files}
     with atomic_folder(out, name or path.stem, force) as atomic:
         last_item = _split(table, columns, users, items, atomic)
         if features:

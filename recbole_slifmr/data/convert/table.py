@@ -184,7 +184,7 @@ def _add_features(
         find_file(path, f"the '{name}' features")
         if path.suffix == ".npy":
             ids_file, ids = _row_tokens(path, items, tokens)
-            values = read_npy(path)[1]
+            values = read_npy(path)
             if len(ids) != len(values):
                 raise DataError(f"{path} has {len(values)} rows but {ids_file} names {len(ids)} items: one row each")
         elif path.suffix == ".parquet":
