@@ -1,5 +1,9 @@
 """Errors that a person can act on: one line that says what, where and what to do."""
 
+from __future__ import annotations
+
+import re
+
 
 class DataError(ValueError):
     """The data set cannot be used as it is."""
@@ -15,3 +19,16 @@ class UnknownSettingWarning(UserWarning):
 
 class ProcessError(RuntimeError):
     """A process of a distributed run failed; its traceback is the error's note."""
+
+
+class ReportError(RuntimeError):
+    """The runs are done and kept, but their tables or plots could not be written."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Return an error as one line of text: the first line of its message, without a terminal's codes for colours."""
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error))
+    first = next((" ".join(line.split()) for line in text.splitlines() if line.strip()), "")
+    if not isinstance(error, (DataError, SettingError)):
+        first = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return first if len(first) <= limit else first[: limit - 3] + "..."

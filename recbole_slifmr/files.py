@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 
@@ -37,8 +39,24 @@ def replace_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    replace_file(path, lambda part: part.write_text(json.dumps(content, indent=1, default=str)))
+    """Write JSON whole or not at all, see :func:`to_json`."""
+    text = to_json(content, indent=1)
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def to_json(content: Any, **options: Any) -> str:
+    """Return content as JSON: null for a number that JSON does not have (NaN, infinity), other objects as text."""
+    return json.dumps(_plain(content), allow_nan=False, default=str, **options)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:

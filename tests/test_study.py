@@ -95,7 +95,7 @@ def test_other_defaults_make_a_run_unfinished(folder, monkeypatch):
     task = study_of(folder).tasks[0]
     before = task.key()
     shutil.copytree(PROPERTIES, folder / "properties")
-    monkeypatch.setattr("recbole_slifmr.study.runs.PROPERTIES", folder / "properties")
+    monkeypatch.setattr("recbole_slifmr.study.identity.PROPERTIES", folder / "properties")
     assert task.key() == before
     with (folder / "properties/model/SLIFMR.yaml").open("a") as file:
         file.write("n_layers: 7\n")

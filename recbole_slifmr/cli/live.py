@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from recbole_slifmr.study.benchmark import Benchmark
-from recbole_slifmr.study.runs import Task, read_progress
+from recbole_slifmr.study.task import Task, read_progress
 
 MOST_LINES = 12
 
@@ -54,7 +54,7 @@ class LiveTable:
             state = self.states.get(task.name, "waiting")
             n_epochs = int(task.settings.get("epochs", 300))
             done = n_epochs if state == "done" else len(points)
-            best = f"{max(point[2] for point in points):.4f}" if points else ""
+            best = next((f"{point.score:.4f}" for point in reversed(points) if point.best), "")
             bar = ProgressBar(total=n_epochs, completed=done, width=24)
             table.add_row(task.name, bar, str(len(points) or ""), best, state)
         return table

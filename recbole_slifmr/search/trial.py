@@ -16,9 +16,9 @@ import torch
 from recbole.config import Config
 from recbole.data.dataloader import KnowledgeBasedDataLoader
 
-from recbole_slifmr.study.runs import peak_memory_mb
 from recbole_slifmr.training.callback import Callback
 from recbole_slifmr.training.experiment import load_data, make_trainer, set_threads, start_log
+from recbole_slifmr.training.memory import peak_memory_mb
 from recbole_slifmr.training.trainer import SLIFMRTrainer
 
 CHECKPOINT = "checkpoint.pth"

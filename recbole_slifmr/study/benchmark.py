@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import re
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +10,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from recbole_slifmr.errors import SettingError
+from recbole_slifmr.errors import ReportError, SettingError, one_line
 from recbole_slifmr.files import replace_file, write_csv, write_json
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.study import plots, statistics, tables
-from recbole_slifmr.study.runs import METRICS, TOPK, Task, check, collect, read_progress, run_all, take_over
+from recbole_slifmr.study.manifest import manifest
+from recbole_slifmr.study.runs import METRICS, TOPK, check, collect, run_all, take_over
+from recbole_slifmr.study.task import Task, read_progress
 from recbole_slifmr.training.evaluation import ITEM_GROUPS, MASKS, USER_GROUPS
 
 FIRST_SEED = 2020
@@ -30,7 +27,6 @@ PROTOCOL = (
     "eval_step",
     "valid_metric",
 )  # the same for all, whatever a file of parameters says
-PACKAGES = ("recbole-slifmr", "recbole", "torch", "numpy", "scipy", "pandas", "ray")
 
 
 class Variant(NamedTuple):
@@ -120,15 +116,26 @@ def run_plan(
         on_tick: called about twice a second with the state of each run by name.
         reuse: other output folders, whose runs of just the same settings are taken over.
         write: writes the outputs from plan, runs, users and states; :func:`write_outputs` if None.
+
+    Raises:
+        SettingError, DataError: for anything that cannot be used, before anything is trained.
+        ReportError: if an output cannot be written; ``results.csv`` and the runs are kept.
     """
-    fingerprints = check(plan.tasks)
+    checked = check(plan.tasks)
     plan.out.mkdir(parents=True, exist_ok=True)
-    write_json(plan.out / "manifest.json", manifest(plan, fingerprints))
+    write_json(plan.out / "manifest.json", manifest(plan, checked))
     take_over(plan.tasks, map(Path, reuse))
     states = run_all(plan.tasks, jobs, address, on_tick)
     runs, users = collect(plan.tasks)
     if len(runs):
-        (write or write_outputs)(plan, runs, users, states)
+        write_csv(plan.out / "results.csv", runs)
+        try:
+            (write or write_outputs)(plan, runs, users, states)
+        except Exception as error:
+            raise ReportError(
+                f"the runs are done and in {plan.out / 'results.csv'}, but a table or plot cannot be written: "
+                f"{one_line(error)}"
+            ) from error
     return runs
 
 
@@ -206,18 +213,37 @@ def make_tasks(
             trials = re.search(r"^# trials: (\d+)", file.read_text(encoding="utf-8"), re.MULTILINE)
             tuned[model] = int(trials[1]) if trials else None
         own_files[model] = tuple(str(path) for path in (*files, *([file] if file else [])))
-    folders: dict[str, Path] = {}
+    folders = _Folders(out / "runs")
     tasks = []
     for variant in variants:
         model = variant.model
         values = {**shared[model], **_changed(variant, dataset, own_files[model], shared[model])}
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-            folder = (out / "runs" / f"{_file_name(variant.label or model)}-{seed}").resolve()
             task = Task(
-                model, seed, dataset, folder, own_files[model], values, FIRST_SEED, test_mask, threads, variant.label
+                model, seed, dataset, out, own_files[model], values, FIRST_SEED, test_mask, threads, variant.label
             )
-            tasks.append(replace(task, folder=folders.setdefault(task.key(), folder)))
+            tasks.append(replace(task, folder=folders.of(task)))
     return tuple(tasks), tuned
+
+
+class _Folders:
+    """A folder for each run, named after its first title; titles that come to the same file name do not share one."""
+
+    def __init__(self, parent: Path) -> None:
+        self.parent = parent.resolve()
+        self.by_key: dict[str, Path] = {}
+        self.taken: set[str] = set()
+
+    def of(self, task: Task) -> Path:
+        """Return the folder of a run, the same for equal runs."""
+        key = task.settings_key()
+        if key not in self.by_key:
+            name = re.sub(r"[^\w.=+-]+", "_", task.name)
+            if name.casefold() in self.taken:
+                name = f"{name}-{key[:8]}"
+            self.taken.add(name.casefold())
+            self.by_key[key] = self.parent / name
+        return self.by_key[key]
 
 
 def _changed(
@@ -230,10 +256,6 @@ def _changed(
     return {name: value for name, value in variant.settings.items() if name not in base or base[name] != value}
 
 
-def _file_name(label: str) -> str:
-    return re.sub(r"[^\w.=+-]+", "_", label)
-
-
 def _params_file(params: str | Path | None, model: str) -> Path | None:
     if params is None:
         return None
@@ -241,47 +263,6 @@ def _params_file(params: str | Path | None, model: str) -> Path | None:
         raise SettingError(f"params: there is no folder {params}")
     candidates = (Path(params) / f"{model}.yaml", Path(params) / model / "best.yaml")
     return next((path.resolve() for path in candidates if path.is_file()), None)
-
-
-def manifest(plan: Benchmark, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """Return what is needed to repeat the benchmark: versions, hardware, data, settings, command line."""
-    import psutil
-    import torch
-
-    settings = {}
-    for title, task in plan.first_tasks.items():
-        config = make_config(**task.arguments)
-        settings[title] = {name: str(value) for name, value in sorted(config.final_config_dict.items())}
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "command": shlex.join(sys.argv),
-        "study": plan.name,
-        "dataset": plan.tasks[0].dataset,
-        "fingerprints": dict(fingerprints),
-        "test_mask": plan.test_mask,
-        "seeds": sorted({task.seed for task in plan.tasks}),
-        "split_seed": plan.tasks[0].split_seed,
-        "threads": plan.tasks[0].threads,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "git_commit": commit or None,
-        "hardware": {
-            "machine": platform.machine(),
-            "system": platform.system(),
-            "cpus": psutil.cpu_count(),
-            "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "settings": settings,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 # -- outputs ------------------------------------------------------------------------------------------------------
@@ -295,23 +276,36 @@ def caption(plan: Benchmark, runs: pd.DataFrame, states: Mapping[str, str]) -> s
     split = "fixed split" if config["benchmark_filename"] else f"split {config['eval_args']['split']}"
     items = "training and validation" if plan.test_mask == "train_valid" else "training"
     tuned = [f"{m} ({n} trials)" if n else f"{m} (trials unknown)" for m, n in plan.tuned.items()]
-    failed = {task.title: states[task.name] for task in plan.tasks if states[task.name] != "done"}
+    n_users = sorted(set(runs["n_users"]))
     if config["cold_items"]:
         split += f", {config['cold_items']:.0%} of the items held out of training"
     parts = [
         f"{plan.tasks[0].dataset}, {split}, test scores, "
         + ("one seed." if seeds == "1" else f"mean ± standard deviation over {seeds} seeds."),
         f"All models: at most {config['epochs']} epochs, patience {config['stopping_step']} evaluations, best epoch by "
-        f"validation {config['valid_metric']}; items of {items} are not ranked at test time.",
+        f"validation {config['valid_metric']}; items of {items} are not ranked at test time. "
+        f"{' to '.join(map(str, dict.fromkeys((n_users[0], n_users[-1]))))} users with test items are scored.",
         f"Hyper-parameters from a file: {', '.join(tuned)}; the others have their defaults."
         if tuned
         else "Hyper-parameters: defaults.",
         f"* p < 0.05, ** p < 0.01 against {plan.reference} (two-sided Wilcoxon signed-rank test over users, Holm)."
         if plan.reference
         else "",
-        *(f"{title} failed: {reason}." for title, reason in failed.items()),
+        *_failures(plan, states),
     ]
     return " ".join(filter(None, parts))
+
+
+def _failures(plan: Benchmark, states: Mapping[str, str]) -> list[str]:
+    """Return a sentence per row of the table that lacks runs, and why."""
+    sentences = []
+    for title in plan.titles:
+        tasks = [task for task in plan.tasks if task.title == title]
+        failed = [task for task in tasks if states[task.name] != "done"]
+        if failed:
+            seeds = "" if len(failed) == len(tasks) else f" with seed {', '.join(str(task.seed) for task in failed)}"
+            sentences.append(f"{title} failed{seeds}: {states[failed[0].name].rstrip('.')}.")
+    return sentences
 
 
 def shown_metrics(runs: pd.DataFrame) -> list[str]:
@@ -337,20 +331,19 @@ def write_outputs(plan: Benchmark, runs: pd.DataFrame, users: pd.DataFrame, stat
 def write_runs(
     plan: Benchmark, runs: pd.DataFrame, users: pd.DataFrame, states: Mapping[str, str]
 ) -> dict[str, list[statistics.Comparison]]:
-    """Write ``results.csv``, ``results.json``, ``per_user.parquet`` and ``curves.png``.
+    """Write ``results.json``, ``per_user.parquet`` and ``curves.png``.
 
     Returns:
         the comparisons with the reference by metric.
     """
     summary = statistics.summarise(runs)
-    metrics = shown_metrics(runs)
+    metrics = [metric for metric in shown_metrics(runs) if metric in users]  # some, as ItemCoverage, have no users
     comparisons: dict[str, list[statistics.Comparison]] = {}
     gains = {}
     if plan.reference in summary.index and len(summary) > 1:
         comparisons = {metric: statistics.compare(users, metric, plan.reference) for metric in metrics}
         gains = {metric: statistics.improvement(users, metric, plan.reference) for metric in metrics}
     out = plan.out
-    write_csv(out / "results.csv", runs)
     replace_file(out / "per_user.parquet", lambda part: users.to_parquet(part, index=False))
     means = {
         title: {name: {"mean": row[name, "mean"], "std": row[name, "std"]} for name in summary.columns.levels[0]}
@@ -368,7 +361,9 @@ def write_runs(
             "states": dict(states),
         },
     )
-    curves = {task.name: read_progress(task) for task in plan.tasks if states[task.name] == "done"}
+    curves = {
+        task.name: [point[:3] for point in read_progress(task)] for task in plan.tasks if states[task.name] == "done"
+    }
     valid_metric = make_config(**plan.tasks[0].arguments)["valid_metric"].lower()
     plots.plot_curves(out / "curves.png", curves, valid_metric)
     return comparisons

@@ -14,7 +14,7 @@ from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.study import plots, statistics, tables
 from recbole_slifmr.study.benchmark import caption, run_plan, shown_metrics, write_outputs, write_runs
 from recbole_slifmr.study.plan import Study
-from recbole_slifmr.study.runs import read_result
+from recbole_slifmr.study.task import read_result
 from recbole_slifmr.training.experiment import load_data
 
 
@@ -36,12 +36,12 @@ def run_study(study: Study, **running: Any) -> pd.DataFrame:
 
 
 def _write(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: Mapping[str, str]) -> None:
+    write_csv(study.out / "results.csv", with_factors(study, runs))
     if study.kind == "variants":
         write_outputs(study, runs, users, states)
     else:
         write_runs(study, runs, users, states)
         TABLES[study.kind](study, with_factors(study, runs), users, states)
-    write_csv(study.out / "results.csv", with_factors(study, runs))
 
 
 def with_factors(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
@@ -101,7 +101,8 @@ def _robustness(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: M
                 at = {level: of_model & (runs["level"] == level) for level in levels}
                 row = [model, *(_spread(runs.loc[at[level], f"test_{metric}"]) for level in levels)]
                 row += [_spread(losses[metric][at[level]], 1, 100) for level in levels[1:]]
-                row.append("" if model == main else _more_lost(users, metric, model, main, kind, top))
+                known = model != main and metric in users
+                row.append(_more_lost(users, metric, model, main, kind, top) if known else "")
                 rows.append(row)
             title = tables.metric_title(metric)
             header = ["model", *(f"{title}, {level:.0%}" for level in levels)]
@@ -146,20 +147,23 @@ def write_data(study: Study) -> list[Path]:
 def _interval(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: Mapping[str, str]) -> None:
     metrics = _two(shown_metrics(runs))
     comparisons: dict[str, dict[str, float]] = {}
-    if study.reference:
+    if study.reference in set(runs["variant"]):
         comparisons = {
             metric: {c.model: c.p_wilcoxon for c in statistics.compare(users, metric, study.reference)}
             for metric in metrics
+            if metric in users
         }
+    refreshing = {"refreshes": 0.0, "refresh_seconds": 0.0}  # with self_loop off everywhere there are no such columns
+    runs = runs.assign(**{name: runs[name].fillna(0) if name in runs else value for name, value in refreshing.items()})
     rows = []
     for title, group in runs.groupby("variant", sort=False):
-        share = group["refresh_seconds"].fillna(0) / group["seconds"]
+        share = group["refresh_seconds"] / group["seconds"]
         scores = [
             _spread(group[f"test_{metric}"]) + tables.stars(comparisons.get(metric, {}).get(title, 1.0))
             for metric in metrics
         ]
         rows.append(
-            [title, *scores, _spread(group["refreshes"].fillna(0), 1), _spread(group["epochs"], 1),
+            [title, *scores, _spread(group["refreshes"], 1), _spread(group["epochs"], 1),
              _spread(group["seconds_per_epoch"], 2), f"{100 * share.mean():.1f}", _spread(group["seconds"], 0)]
         )  # fmt: skip
     header = ["refresh", *map(tables.metric_title, metrics), "refreshes", "epochs", "seconds per epoch",
@@ -231,7 +235,8 @@ def _coldstart(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: Ma
         "held-out items count, ranked among all items; among cold: ranked among cold items."
     )
     tables.write_tables(study.out, [("", ["model", *columns.values()], rows)], text)
-    _plot_cold(study.out / "cold.png", runs, columns)
+    if columns:
+        _plot_cold(study.out / "cold.png", runs, columns)
 
 
 def _plot_cold(path: Path, runs: pd.DataFrame, columns: Mapping[str, str]) -> None:

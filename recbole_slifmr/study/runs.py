@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
-import yaml
 
-from recbole_slifmr import __version__
-from recbole_slifmr.errors import DataError, SettingError
-from recbole_slifmr.files import replace_file, write_json
-from recbole_slifmr.paths import PROPERTIES
+from recbole_slifmr.errors import DataError, SettingError, one_line
+from recbole_slifmr.files import replace_file
+from recbole_slifmr.study.task import Task, number, read_error, read_progress, read_result, run_task
 
 METRICS = [
     *("Recall", "NDCG", "Precision", "MRR", "Hit", "MAP"),
@@ -34,178 +28,89 @@ METRICS = [
 TOPK = [5, 10, 20, 50]
 
 
-@dataclass(frozen=True)
-class Task:
-    """One run of a study.
-
-    Attributes:
-        model: name of the model.
-        seed: of the training.
-        dataset: name of the data set.
-        folder: where the run keeps its files.
-        config_files: YAML files of settings, absolute.
-        settings: settings that win over the files.
-        split_seed: of a random split, the same for all runs.
-        test_mask: see :func:`~recbole_slifmr.training.experiment.run`.
-        threads: of the CPU; fixed, because sums in another order differ in the last digit.
-        label: what the tables call it; the model if empty. The result does not depend on it.
-    """
-
-    model: str
-    seed: int
-    dataset: str
-    folder: Path
-    config_files: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    split_seed: int = 2020
-    test_mask: str = "train_valid"
-    threads: int = 1
-    label: str = ""
-
-    @property
-    def title(self) -> str:
-        """What the tables call it."""
-        return self.label or self.model
-
-    @property
-    def name(self) -> str:
-        """Title and seed."""
-        return f"{self.title}-{self.seed}"
-
-    @property
-    def data(self) -> str:
-        """What the training data depend on beside the data set: runs with the same must have the same splits."""
-        given: dict[str, Any] = {}
-        for file in self.config_files:
-            given |= yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        given |= self.settings
-        noise = given.get("noise")
-        return json.dumps([noise, self.seed if noise else None, given.get("cold_items")], sort_keys=True)
-
-    def key(self) -> str:
-        """Return a hash of what the result depends on: the task, the content of the settings files, the version."""
-        names = ("overall.yaml", f"model/{self.model}.yaml", f"dataset/{self.dataset}.yaml")
-        defaults = [PROPERTIES / name for name in names]
-        files = [*map(Path, self.config_files), *(file for file in defaults if file.is_file())]
-        texts = [file.read_text(encoding="utf-8") for file in files]
-        content = {**asdict(self), "folder": None, "files": texts, "version": __version__}
-        del content["label"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-    @property
-    def checkpoint_dir(self) -> Path:
-        """Where this process keeps its checkpoint: a run whose driver was killed may still be going in another."""
-        return self.folder / f"checkpoint-{os.getpid()}"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What :func:`~recbole_slifmr.training.experiment.make_config` takes."""
-        quiet = {"show_progress": False, "state": "WARNING", "checkpoint_dir": str(self.checkpoint_dir)}
-        return {
-            "model": self.model,
-            "dataset": self.dataset,
-            "config_files": self.config_files,
-            "settings": {**self.settings, **quiet, "seed": self.seed, "threads": self.threads},
-        }
-
-
-def run_task(task: Task) -> None:
-    """Run a task and leave ``result.json`` and ``per_user.parquet``, or ``error.json``, in its folder.
-
-    Runs in a process of its own. ``progress.jsonl`` gets a line per validated epoch on the way.
-    """
-    task.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("result.json", "error.json", "progress.jsonl"):
-        (task.folder / name).unlink(missing_ok=True)
-    try:
-        from recbole_slifmr.training.experiment import run
-
-        with (task.folder / "progress.jsonl").open("w", buffering=1) as progress:
-            result = run(
-                **task.arguments,
-                split_seed=task.split_seed,
-                test_mask=task.test_mask,
-                detailed=True,
-                on_valid=lambda *point: print(json.dumps(point), file=progress),
-            )
-        assert result.per_user is not None
-        replace_file(task.folder / "per_user.parquet", result.per_user.to_parquet)
-        content = {name: value for name, value in vars(result).items() if name != "per_user"}
-        content |= {"key": task.key(), "peak_memory_mb": peak_memory_mb()}
-        write_json(task.folder / "result.json", content)
-    except Exception as error:
-        write_json(task.folder / "error.json", {"error": f"{type(error).__name__}: {error}".splitlines()[0]})
-        raise SystemExit(1) from None
-    finally:
-        shutil.rmtree(task.checkpoint_dir, ignore_errors=True)
-
-
-def peak_memory_mb() -> float:
-    """Return the largest resident memory of this process so far, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def read_result(task: Task) -> dict[str, Any] | None:
-    """Return the finished result of just this task, or None."""
-    path = task.folder / "result.json"
-    if not path.is_file():
-        return None
-    content = json.loads(path.read_text())
-    return content if content.get("key") == task.key() else None
-
-
-def read_error(task: Task) -> str:
-    """Return why a task has no result."""
-    path = task.folder / "error.json"
-    return json.loads(path.read_text())["error"] if path.is_file() else "the process ended without a word"
-
-
-def read_progress(task: Task) -> list[tuple[int, float, float]]:
-    """Return epoch, seconds and validation score of the epochs so far."""
-    path = task.folder / "progress.jsonl"
-    if not path.is_file():
-        return []
-    return [tuple(json.loads(line)) for line in path.read_text().splitlines() if line.endswith("]")]
-
-
 # -- before anything is trained -----------------------------------------------------------------------------------
 
 
-def check(tasks: Iterable[Task]) -> dict[str, str]:
-    """Build data and model of every variant once; return the fingerprint of each split of the first.
+class Checked(NamedTuple):
+    """What all runs read.
+
+    Attributes:
+        fingerprints: hash of each split of the first run; see :func:`~recbole_slifmr.training.fingerprint.fingerprint`.
+        inputs: hash of the knowledge graph and the features that runs like the first read.
+    """
+
+    fingerprints: dict[str, str]
+    inputs: dict[str, str]
+
+
+def check(tasks: Iterable[Task]) -> Checked:
+    """Build data and model of every variant once; return what they read.
 
     Raises:
-        SettingError, DataError: for a model, setting or file that cannot be used, or splits that differ where they must
-            not.
+        SettingError, DataError: for a model, setting or file that cannot be used, splits, features or knowledge graphs
+            that differ where they must not, or full and sampled ranking side by side.
     """
     from recbole_slifmr.host.settings import make_config
     from recbole_slifmr.training.experiment import prepare
 
-    seen: dict[str, tuple[str, dict[str, str]]] = {}
+    same = _SameData()
+    modes: dict[str, str] = {}
     for task in {task.title: task for task in tasks}.values():
         try:
             prepared = prepare(make_config(**task.arguments), task.split_seed)
         except (DataError, SettingError) as error:
             raise type(error)(f"{task.title}: {error}") from error
         finally:
-            shutil.rmtree(task.checkpoint_dir, ignore_errors=True)
+            shutil.rmtree(task.checkpoint_dir(), ignore_errors=True)
             with contextlib.suppress(OSError):
                 task.folder.rmdir()  # unless an earlier run left its files there
-        found = (task.title, prepared.fingerprints())
-        _compare(seen.setdefault(task.data, found), found)
-    if not seen:
-        raise SettingError("no models to run")
-    return next(iter(seen.values()))[1]
-
-
-def _compare(one: tuple[str, dict[str, str]], other: tuple[str, dict[str, str]]) -> None:
-    for split, value in one[1].items():
-        if other[1][split] != value:
-            raise DataError(
-                f"{other[0]} and {one[0]} have different {split} splits ({other[1][split]} and {value}): they cannot "
-                "be compared; give both the same data settings"
+        modes.setdefault(str(prepared.config["eval_args"]["mode"]), task.title)
+        if len(modes) > 1:
+            (one, first), (other, second) = modes.items()
+            raise SettingError(
+                f"{first} is scored by the ranking mode {one} and {second} by {other}: their scores cannot stand in "
+                "one table; give both the same mode in eval_args"
             )
+        same.compare(task, task.title, prepared.fingerprints(), prepared.inputs())
+    if not modes:
+        raise SettingError("no models to run")
+    return same.first()
+
+
+class _SameData:
+    """Refuses runs side by side that have read different data where they must not."""
+
+    def __init__(self) -> None:
+        self.splits: dict[str, tuple[str, dict[str, str]]] = {}
+        self.read: dict[str, dict[str, tuple[str, str]]] = {}
+
+    def compare(self, task: Task, name: str, fingerprints: dict[str, str], inputs: Mapping[str, str]) -> None:
+        """Compare what a run has read with what those before it have.
+
+        Raises:
+            DataError: if they differ.
+        """
+        other, seen = self.splits.setdefault(task.data, (name, fingerprints))
+        for split, value in fingerprints.items():
+            if seen[split] != value:
+                self._refuse(name, other, f"{split} splits", value, seen[split])
+        read = self.read.setdefault(task.inputs, {})
+        for what, value in inputs.items():
+            other, before = read.setdefault(what, (name, value))
+            if before != value:
+                self._refuse(name, other, f"versions of the {what}", value, before)
+
+    @staticmethod
+    def _refuse(one: str, other: str, what: str, value: str, before: str) -> None:
+        raise DataError(
+            f"{one} and {other} have different {what} ({value} and {before}): they cannot be compared; give both the "
+            "same data settings"
+        )
+
+    def first(self) -> Checked:
+        """Return what the first run has read, and those with the same settings of the data."""
+        inputs = next(iter(self.read.values()))
+        return Checked(next(iter(self.splits.values()))[1], {what: value for what, (_, value) in inputs.items()})
 
 
 # -- running ------------------------------------------------------------------------------------------------------
@@ -220,14 +125,15 @@ def run_all(
     """Run the tasks that have no result yet; one that fails does not stop the others.
 
     Args:
-        tasks: what to run; tasks with the same folder are one run under several names.
+        tasks: what to run, each under a name of its own; tasks with the same folder are one run under several names.
         jobs: how many at a time; more than one runs them as Ray tasks.
         address: of a running Ray cluster that sees the same files.
         on_tick: called about twice a second with the state of each task by name.
 
     Returns:
-        ``{name: "done" | reason of failure}``.
+        ``{name: "done" | reason of failure}``, an entry per task. One that is done has a result that belongs to it.
     """
+    _check_distinct(tasks)
     states = {task.name: "done" if read_result(task) else "waiting" for task in tasks}
     sharing: dict[Path, list[str]] = {}
     for task in tasks:
@@ -239,7 +145,23 @@ def run_all(
     for name, state in runner:
         states.update(dict.fromkeys(sharing[waiting[name].folder], state))
         on_tick(states)
+    for task in tasks:
+        if states[task.name] == "done" and read_result(task) is None:
+            states[task.name] = read_error(task)
     return states
+
+
+def _check_distinct(tasks: Sequence[Task]) -> None:
+    """Raise a ValueError if two tasks have the same name, or different ones share a folder: one would be lost."""
+    folders: dict[Path, Task] = {}
+    names = set()
+    for task in tasks:
+        if task.name in names:
+            raise ValueError(f"two runs are called {task.name}")
+        names.add(task.name)
+        other = folders.setdefault(task.folder, task)
+        if other.settings_key() != task.settings_key():
+            raise ValueError(f"{other.name} and {task.name} are different runs, but share the folder {task.folder}")
 
 
 def take_over(tasks: Sequence[Task], folders: Iterable[Path]) -> int:
@@ -258,7 +180,8 @@ def take_over(tasks: Sequence[Task], folders: Iterable[Path]) -> int:
         if not (folder / "runs").is_dir():
             raise SettingError(f"reuse: {folder} holds no runs of a benchmark or study")
         for file in sorted((folder / "runs").glob("*/result.json")):
-            task = wanted.pop(json.loads(file.read_text()).get("key"), None)
+            whole = (file.parent / "per_user.parquet").is_file()
+            task = wanted.pop(_read_key(file), None) if whole else None
             if task is not None:
                 task.folder.mkdir(parents=True, exist_ok=True)
                 for name in ("progress.jsonl", "per_user.parquet", "result.json"):  # what counts as done comes last
@@ -267,11 +190,19 @@ def take_over(tasks: Sequence[Task], folders: Iterable[Path]) -> int:
     return count
 
 
+def _read_key(file: Path) -> str:
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["key"])
+    except (OSError, ValueError, TypeError, KeyError):  # damaged: as if it were not there
+        return ""
+
+
 def _outcome(task: Task, status: int | None = None) -> str:
     if read_result(task):
         return "done"
     if status is not None and status < 0:
-        return f"killed by {signal.Signals(-status).name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
+        name = signal.Signals(-status).name
+        return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     return read_error(task)
 
 
@@ -279,7 +210,7 @@ def _run_serially(tasks: Sequence[Task]) -> Iterable[tuple[str, str]]:
     context = multiprocessing.get_context("spawn")
     for task in tasks:
         yield task.name, "running"
-        process = context.Process(target=run_task, args=(task,), daemon=True)
+        process = context.Process(target=run_task, args=(task,))  # no daemon: loaders may start processes of their own
         process.start()
         try:
             while process.is_alive():
@@ -288,6 +219,7 @@ def _run_serially(tasks: Sequence[Task]) -> Iterable[tuple[str, str]]:
         finally:
             process.kill()
             process.join()
+            shutil.rmtree(task.checkpoint_dir(process.pid), ignore_errors=True)  # of one that was killed
         yield task.name, _outcome(task, process.exitcode)
 
 
@@ -361,21 +293,23 @@ def collect(tasks: Sequence[Task]) -> tuple[pd.DataFrame, pd.DataFrame]:
         DataError: if the runs saw different data.
     """
     rows, users = [], []
-    seen: dict[str, tuple[str, dict[str, str]]] = {}
+    same = _SameData()
     for task in tasks:
         result = read_result(task)
         if result is None:
             continue
-        found = (task.name, result["fingerprints"])
-        _compare(seen.setdefault(task.data, found), found)
-        scores = {f"{split}_{name}": value for split in ("valid", "test") for name, value in result[split].items()}
+        same.compare(task, task.name, result["fingerprints"], result["inputs"])
+        frame = _read_users(task)
+        users.append(frame.assign(model=task.title, seed=task.seed))
         rows.append(
             {
                 "model": task.title,
                 "seed": task.seed,
-                **scores,
+                **{f"valid_{name}": number(value) for name, value in result["valid"].items()},
+                **{f"test_{name}": number(value) for name, value in result["test"].items()},
+                "n_users": len(frame),
                 "epochs": result["n_epochs"],
-                "best_epoch": max(result["curve"], key=lambda point: point[2])[0] if result["curve"] else None,
+                "best_epoch": result["best_epoch"],
                 "seconds": result["seconds"],
                 "seconds_per_epoch": result["seconds"] / max(result["n_epochs"], 1),
                 "peak_memory_mb": result["peak_memory_mb"],
@@ -383,20 +317,25 @@ def collect(tasks: Sequence[Task]) -> tuple[pd.DataFrame, pd.DataFrame]:
                 **_from_traces(result),
             }
         )
-        frame = pd.read_parquet(task.folder / "per_user.parquet").reset_index()
-        users.append(frame.assign(model=task.title, seed=task.seed))
     return pd.DataFrame(rows), pd.concat(users, ignore_index=True) if users else pd.DataFrame()
+
+
+def _read_users(task: Task) -> pd.DataFrame:
+    path = task.folder / "per_user.parquet"
+    try:
+        return pd.read_parquet(path).reset_index()
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise DataError(f"{path} cannot be read ({one_line(error)}): delete {task.folder} and run it again") from error
 
 
 def _from_traces(result: Mapping[str, Any]) -> dict[str, float]:
     """Return refreshes, their seconds and the signs of failure at the best epoch, as far as the model has them."""
     found: dict[str, float] = {}
-    traces = result.get("traces", {})
+    traces = result["traces"]
     if "refreshes" in traces:
         seconds = [entry["seconds"] for entry in traces["refreshes"]]
         found |= {"refreshes": len(seconds), "refresh_seconds": sum(seconds)}
-    best = max(result["curve"], key=lambda point: point[2])[0] if result["curve"] else None
     for entry in traces.get("diagnostics", ()):
-        if entry["epoch"] == best:
-            found |= {name: value for name, value in entry.items() if name != "epoch"}
+        if entry["epoch"] == result["best_epoch"]:
+            found |= {name: number(value) for name, value in entry.items() if name != "epoch"}
     return found

@@ -76,7 +76,7 @@ def markdown(models: Sequence[str], metrics: Sequence[str], table: dict[tuple[st
             text = f"**{text}**" if cell.best else f"<u>{text}</u>" if cell.second else text
             spread = f" ± {cell.std:.4f}" if np.isfinite(cell.std) else ""
             row.append(text + spread + cell.mark.replace("*", r"\*"))
-        lines.append(f"| {model} | " + " | ".join(row) + " |")
+        lines.append(f"| {_cell_text(model)} | " + " | ".join(row) + " |")
     return "\n".join([*lines, "", caption, ""])
 
 
@@ -101,10 +101,20 @@ def latex(models: Sequence[str], metrics: Sequence[str], table: dict[tuple[str, 
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
+LATEX = str.maketrans(
+    {character: "\\" + character for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
+
+
 def _escape(text: str) -> str:
-    for character in "&%$#_":
-        text = text.replace(character, "\\" + character)
-    return text
+    """Return text that LaTeX prints as it is."""
+    return text.translate(LATEX)
+
+
+def _cell_text(text: str) -> str:
+    """Return text that does not end its cell in a Markdown table."""
+    return text.replace("|", r"\|")
 
 
 # -- studies ------------------------------------------------------------------------------------------------------
@@ -124,7 +134,7 @@ def write_tables(
     for heading, header, rows in sections:
         lines += [f"### {heading}", ""] * bool(heading)
         lines += ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-        lines += ["| " + " | ".join(cell.replace("*", r"\*") for cell in row) + " |" for row in rows] + [""]
+        lines += ["| " + " | ".join(_cell_text(cell).replace("*", r"\*") for cell in row) + " |" for row in rows] + [""]
         tex += [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", rf"% {heading}", r"\toprule"]
         tex += [" & ".join(map(_escape, header)) + r" \\", r"\midrule"]
         tex += [" & ".join(map(_escape, row)) + r" \\" for row in rows] + [r"\bottomrule", r"\end{tabular}", ""]

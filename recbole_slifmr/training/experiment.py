@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from recbole_slifmr.host.settings import bad_input, make_config
 from recbole_slifmr.training.checkpoint import check_data, data_record, read_checkpoint
 from recbole_slifmr.training.distributed import launch, stay_on_this_machine
 from recbole_slifmr.training.evaluation import evaluate, mask_training_items_only
+from recbole_slifmr.training.fingerprint import fingerprint, input_fingerprints
 
 
 @dataclass
@@ -40,10 +40,13 @@ class Result:
         checkpoint: the file that holds the best epoch; None if nothing was saved.
         log_file: RecBole's log.
         curve: per validated epoch its number, the seconds since training began and the validation score.
+        best_epoch: the epoch that the trainer kept and that is tested: of equal scores the last, without validation the
+            last of all.
         n_epochs: epochs trained in this run.
         seconds: of training and validation.
         n_parameters: trainable parameters.
-        fingerprints: hash of each split; see :func:`fingerprint`.
+        fingerprints: hash of each split; see :func:`~recbole_slifmr.training.fingerprint.fingerprint`.
+        inputs: hash of the knowledge graph and of the features of each modality, as far as the model reads them.
         traces: what the callbacks noted, such as ``refreshes`` and ``diagnostics``, an entry per event.
         per_user: test metrics by user token; None unless ``detailed``.
     """
@@ -57,10 +60,12 @@ class Result:
     checkpoint: Path | None
     log_file: Path | None
     curve: list[tuple[int, float, float]]
+    best_epoch: int | None
     n_epochs: int
     seconds: float
     n_parameters: int
     fingerprints: dict[str, str]
+    inputs: dict[str, str]
     traces: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     per_user: pd.DataFrame | None = field(repr=False, default=None)
 
@@ -79,6 +84,10 @@ class Prepared(NamedTuple):
         loaders = {"train": self.train_data, "valid": self.valid_data, "test": self.test_data}
         return {name: fingerprint(loader) for name, loader in loaders.items()}
 
+    def inputs(self) -> dict[str, str]:
+        """Return the hash of the knowledge graph and of each modality, as far as the model reads them."""
+        return input_fingerprints(self.train_data._dataset)
+
 
 def run(
     model: str,
@@ -89,7 +98,7 @@ def run(
     split_seed: int | None = None,
     test_mask: str = "train_valid",
     detailed: bool = False,
-    on_valid: Callable[[int, float, float], None] | None = None,
+    on_valid: Callable[[int, float, float, bool], None] | None = None,
 ) -> Result:
     """Train a model, choose the epoch on the validation split, score that epoch once on the test split.
 
@@ -103,7 +112,7 @@ def run(
         test_mask: what is never recommended at test time: training and validation items (``train_valid``, as RecBole
             does) or training items only (``train``, as MMRec does).
         detailed: whether to keep the metrics of each user and those by popularity and activity.
-        on_valid: called after each validation with epoch, seconds and score.
+        on_valid: called after each validation with epoch, seconds, score and whether it is the best so far.
 
     Returns:
         the result.
@@ -127,17 +136,24 @@ def run(
         _resume(prepared, Path(resume))
 
     curve: list[tuple[int, float, float]] = []
+    best_epoch = trainer.start_epoch - 1 if resume is not None else None
     start = perf_counter()
 
     def record(epoch: int, score: float) -> None:
+        nonlocal best_epoch
         curve.append((epoch, perf_counter() - start, float(score)))
+        is_best = trainer.cur_step == 0  # evaluations since the one that RecBole kept
+        if is_best:
+            best_epoch = epoch
         if on_valid is not None:
-            on_valid(*curve[-1])
+            on_valid(*curve[-1], is_best)
 
     best_score, best_result = trainer.fit(
         prepared.train_data, prepared.valid_data, show_progress=config["show_progress"], callback_fn=record
     )
     seconds = perf_counter() - start
+    if not curve and trainer.train_loss_dict:  # without validation each epoch replaces the one before
+        best_epoch = max(trainer.train_loss_dict)
     if test_mask == "train":
         mask_training_items_only(prepared.test_data, prepared.train_data)
     per_user = None
@@ -155,10 +171,12 @@ def run(
         checkpoint=Path(trainer.saved_model_file),
         log_file=log_file,
         curve=curve,
+        best_epoch=best_epoch,
         n_epochs=len(trainer.train_loss_dict),
         seconds=seconds,
         n_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         fingerprints=prepared.fingerprints(),
+        inputs=prepared.inputs(),
         traces={c.trace: c.history for c in getattr(trainer, "callbacks", ()) if getattr(c, "trace", None) is not None},
         per_user=per_user,
     )
@@ -227,15 +245,6 @@ def set_threads(config: Config) -> None:
     if type(threads) is not int or threads < 1:
         raise SettingError(f"threads must be a whole number from 1, not {threads!r}")
     torch.set_num_threads(threads)
-
-
-def fingerprint(loader: Any) -> str:
-    """Return a hash of the sorted (user token, item token) pairs of a split: equal for equal data, whatever the ids."""
-    data = loader._dataset
-    users = data.field2id_token[data.uid_field][data.inter_feat[data.uid_field].numpy()]
-    items = data.field2id_token[data.iid_field][data.inter_feat[data.iid_field].numpy()]
-    pairs = sorted(f"{user}\t{item}" for user, item in zip(users, items, strict=True))
-    return hashlib.sha256("\n".join(pairs).encode()).hexdigest()[:16]
 
 
 def _resume(prepared: Prepared, checkpoint: Path) -> None:
