@@ -36,6 +36,8 @@ class LiveTable:
 
     def __exit__(self, *error: Any) -> None:
         self.live.__exit__(*error)
+        if not self.live.console.is_terminal:  # where rich leaves the last line open
+            self.live.console.line()
 
     def update(self, states: Mapping[str, str]) -> None:
         """Show the states of the runs."""

@@ -226,6 +226,7 @@ def _coldstart(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: Ma
         for group, words in (("cold", "cold items among all"), ("among_cold", "among cold"), ("warm", "warm items"))
         if f"test_{metric}/{group}" in runs
     }
+    columns = columns or {metric: tables.metric_title(metric) for metric in _two(shown_metrics(runs))}
     rows = []
     for title, group in runs.groupby("variant", sort=False):
         rows.append([title, *(_spread(group[f"test_{name}"]) or "cannot score them" for name in columns)])
@@ -235,8 +236,7 @@ def _coldstart(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: Ma
         "held-out items count, ranked among all items; among cold: ranked among cold items."
     )
     tables.write_tables(study.out, [("", ["model", *columns.values()], rows)], text)
-    if columns:
-        _plot_cold(study.out / "cold.png", runs, columns)
+    _plot_cold(study.out / "cold.png", runs, columns)
 
 
 def _plot_cold(path: Path, runs: pd.DataFrame, columns: Mapping[str, str]) -> None:

@@ -65,7 +65,7 @@ def plot_bars(path: Path, summary: pd.DataFrame, metrics: Sequence[str], titles:
         mean, std = summary[f"test_{metric}", "mean"], summary[f"test_{metric}", "std"].fillna(0)
         axis.barh(range(n), mean, xerr=std, capsize=3, color=[f"C{i % 10}" for i in range(n)])
         low, high = (mean - std).min(), (mean + std).max()
-        if n > 6 and low > 0.5 * high:  # many variants that differ little
+        if n > 6 and high > low > 0.5 * high:  # many variants that differ little
             axis.set_xlim(low - 0.35 * (high - low), high + 0.1 * (high - low))
         axis.set_title(name, fontsize=10)
         axis.tick_params(axis="x", labelsize=8)

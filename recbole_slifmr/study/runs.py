@@ -185,7 +185,8 @@ def take_over(tasks: Sequence[Task], folders: Iterable[Path]) -> int:
             if task is not None:
                 task.folder.mkdir(parents=True, exist_ok=True)
                 for name in ("progress.jsonl", "per_user.parquet", "result.json"):  # what counts as done comes last
-                    replace_file(task.folder / name, partial(shutil.copyfile, file.parent / name))
+                    if (file.parent / name).is_file():
+                        replace_file(task.folder / name, partial(shutil.copyfile, file.parent / name))
                 count += 1
     return count
 
