@@ -129,7 +129,11 @@ def run_task(task: Task) -> None:
 
     Runs in a process of its own. ``progress.jsonl`` gets a line per validated epoch on the way.
     """
-    _end_with_driver(task)
+    if multiprocessing.parent_process() is not None:  # else it is in Ray's hands
+        _end_with_driver(task)
+        multiprocessing.set_start_method(
+            None, force=True
+        )  # the loaders' processes start as they do outside a benchmark
     task.folder.mkdir(parents=True, exist_ok=True)
     names = ("result.json", "error.json", "progress.jsonl")
     for file in (*(task.folder / name for name in names), *task.folder.glob("*.part")):
@@ -163,8 +167,7 @@ def run_task(task: Task) -> None:
 def _end_with_driver(task: Task) -> None:
     """Have this process end as soon as the one that started it is gone: a rerun would do the same work beside it."""
     driver = multiprocessing.parent_process()
-    if driver is None:  # started by Ray, which sees to it
-        return
+    assert driver is not None
 
     def wait() -> None:
         multiprocessing.connection.wait([driver.sentinel])
