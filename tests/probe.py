@@ -1,5 +1,7 @@
 """A callback for other processes: it writes down what a training scores."""
 
+import os
+import signal
 from pathlib import Path
 
 from recbole_slifmr.training.callback import Callback
@@ -18,3 +20,10 @@ class Probe(Callback):
             return evaluate(data, *args, **kwargs)
 
         trainer.evaluate = scoring
+
+
+class Deadly(Callback):
+    """Kill the process in its first epoch, as the kernel does to one that takes too much memory."""
+
+    def on_epoch_end(self, trainer, epoch, losses):
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -8,7 +8,8 @@ import torch
 from conftest import QUIET, write_table
 
 from recbole_slifmr.host.settings import make_config
-from recbole_slifmr.search.trial import CHECKPOINT, load_trial_data, run_trial
+from recbole_slifmr.model import MODELS as PACKAGE_MODELS
+from recbole_slifmr.search.trial import CHECKPOINT, load_trial_data, pack, run_trial
 from recbole_slifmr.training.experiment import run
 
 SETTINGS = {**QUIET, "epochs": 4, "valid_metric": "NDCG@5"}  # Recall@10 of 15 items says little
@@ -65,12 +66,29 @@ def test_a_trial_trains_as_a_plain_run_does(tiny, model):
     assert [(e + 1, s) for e, _, s in curve] == [x[:2] for x in scores(trial(tiny, model, threads=1, **MODELS[model]))]
 
 
-def test_shared_data_give_what_data_of_its_own_give(tiny):
-    config = make_config("KGAT", "tiny", settings={**SETTINGS, "data_path": str(tiny.parent)})
-    shared = pickle.dumps(load_trial_data(config, config["seed"]))
+@pytest.mark.parametrize("model", [*PACKAGE_MODELS, "KGAT", "LightGCN", "EASE"])
+def test_trials_that_share_data_one_after_another_give_what_data_of_their_own_give(tiny, model):
+    """A trial that wrote into the data would change the next one in its process."""
+    config = make_config(model, "tiny", settings={**SETTINGS, "data_path": str(tiny.parent)})
+    shared = pickle.loads(pack(load_trial_data(config, config["seed"])))
     for batch_size in (64, 16):
-        own = trial(tiny, "KGAT", train_batch_size=batch_size)
-        assert scores(trial(tiny, "KGAT", data=pickle.loads(shared), train_batch_size=batch_size)) == scores(own)
+        settings = {"train_batch_size": batch_size, "epochs": 2}
+        assert scores(trial(tiny, model, data=shared, **settings)) == scores(trial(tiny, model, **settings))
+
+
+def test_sharing_copies_no_tensor_one_by_one(tiny):
+    """Torch pickles a tensor with its storage, at several times the size and the cost: there are two for each user."""
+    config = make_config("LightGCN", "tiny", settings={**SETTINGS, "data_path": str(tiny.parent)})
+    packed = pack(load_trial_data(config, config["seed"]))
+    assert b"_rebuild_tensor" not in packed and b"from_numpy" in packed
+
+
+@pytest.mark.parametrize("model", ["EASE", "ItemKNN", "Pop"])
+def test_a_model_without_epochs_reports_once_whatever_eval_step_says(tiny, model):
+    settings = {"eval_step": 3, "epochs": 4}
+    assert [(entry["epoch"], entry["finished"]) for entry in trial(tiny, model, **settings)] == [(1, True)]
+    result = run(model, "tiny", settings={**SETTINGS, "data_path": str(tiny.parent), **settings})
+    assert len(result.curve) == 1 and result.test
 
 
 def test_a_checkpoint_of_other_settings_goes_on_with_the_new_ones(tiny, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,12 +15,14 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
+from filelock import FileLock
 from conftest import write_tiny
 
 from recbole_slifmr.cli import main
 from recbole_slifmr.cli.tune import parse_resources, parse_seconds
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
 from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.search import tune as tuning
 from recbole_slifmr.search.plan import make_search
 from recbole_slifmr.search.space import parse_space
 from recbole_slifmr.search.tune import run_search, tune
@@ -200,6 +203,37 @@ def test_a_grid_over_what_the_data_depend_on(session, data, tmp_path):
     assert outcome.trials["score"].nunique() > 1
 
 
+def test_closed_forms_are_tried_once_each(session, data, tmp_path):
+    space = {"reg_weight": {"choice": [1.0, 1e6]}}
+    plan = plan_of(data, tmp_path / "out", "EASE", space, search="grid", scheduler="asha", settings={"eval_step": 3})
+    outcome = run_search(plan)
+    assert list(outcome.trials["status"]) == ["finished"] * 2 and list(outcome.trials["epochs"]) == [1, 1]
+    assert yaml.safe_load(outcome.best_file.read_text())["reg_weight"] == outcome.trials["reg_weight"][0]
+    assert len(pd.read_parquet(plan.out / "history.parquet")) == 2
+
+
+def test_early_stopping_compares_at_epochs_that_are_validated(data, tmp_path):
+    """With rungs at 1, 3, 9 and 27, a trial would be judged at the rung of 1 by its score at 15."""
+    plan = plan_of(data, tmp_path / "out", settings={"epochs": 30, "eval_step": 5})
+    rungs = re.findall(r"Iter (\d+)", tuning._scheduler(plan).debug_string())
+    assert rungs == ["15", "5"]
+
+
+def test_one_seed_gives_the_same_points(data, tmp_path):
+    plan = plan_of(data, tmp_path / "out", search="optuna")
+    assert plan.draw() == plan.draw()
+    searchers = [tuning._optuna(plan, "score", "max") for _ in range(2)]
+    first, second = ([searcher.suggest(str(number)) for number in range(3)] for searcher in searchers)
+    assert first == second and len({repr(point) for point in first}) == 3
+    config = {"point": {"learning_rate": 0.01, "n_layers": 1}}
+    plan = plan_of(data, tmp_path / "out", scheduler="pbt")
+    explored = [
+        [explore(config) for _ in range(5)]
+        for explore in (tuning._scheduler(plan)._custom_explore_fn for _ in range(2))
+    ]
+    assert explored[0] == explored[1] and explored[0][0] != explored[0][1]
+
+
 # -- failures --------------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +244,13 @@ def test_a_failing_trial_is_recorded_and_the_search_goes_on(session, data, tmp_p
     trials = outcome.trials.set_index("learning_rate")
     assert trials["status"].to_dict() == {0.01: "finished", 1e30: "failed"}
     assert trials["error"][1e30] == "ValueError: Training loss is nan" and outcome.point == {"learning_rate": 0.01}
+
+
+def test_a_trial_whose_process_dies_is_recorded_and_the_search_goes_on(session, data, tmp_path):
+    space = {"callbacks": {"choice": [["probe:Deadly"], []]}}
+    outcome = run_search(plan_of(data, tmp_path / "out", space=space, search="grid", scheduler="none"))
+    assert sorted(outcome.trials["status"]) == ["failed", "finished"] and outcome.point == {"callbacks": []}
+    assert outcome.first_error == "the process died (out of memory?)"
 
 
 def test_a_search_whose_trials_all_fail_ends_with_the_first_error(session, data, tmp_path, capsys, monkeypatch):
@@ -316,6 +357,28 @@ def test_a_search_is_not_mixed_with_another(searched, data):
         run_search(plan_of(data, search.out, trials=5, scheduler="none"), resume=True)
 
 
+def test_a_search_that_runs_keeps_its_folder(session, data, tmp_path):
+    search = plan_of(data, tmp_path / "out")
+    search.out.mkdir()
+    with (
+        FileLock(search.out / "search.lock"),
+        pytest.raises(SettingError, match="holds a search that is running: name another --out"),
+    ):
+        run_search(search)
+    assert not (search.out / "search.json").exists()
+
+
+def test_replaced_data_are_not_mixed_with_a_search(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    search = plan_of(tmp_path / "data", tmp_path / "out")
+    search.out.mkdir()
+    (search.out / "search.json").write_text(json.dumps(search.identity()))
+    file = tmp_path / "data" / "tiny" / "tiny.inter"
+    file.write_text("\n".join(file.read_text().splitlines()[:-30]) + "\n")
+    with pytest.raises(SettingError, match="holds a search with other data or code: resume it as it was started"):
+        run_search(plan_of(tmp_path / "data", search.out), resume=True)
+
+
 # -- a cluster -------------------------------------------------------------------------------------------------------
 
 CLUSTER = """
@@ -389,6 +452,29 @@ def test_resources_that_are_not_there_are_named(session, data, tmp_path, resourc
     with pytest.raises(SettingError, match=message):
         run_search(plan_of(data, tmp_path / "out"), resources=resources)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "nodes, jobs, settings, share",
+    [
+        ([(8, 0)], None, {}, (1, 0)),
+        ([(8, 0)], 3, {}, (8 / 3, 0)),
+        ([(8, 0)], 16, {}, (0.5, 0)),
+        ([(16, 2)], None, {}, (4, 1)),
+        ([(16, 2)], 1, {}, (16, 1)),
+        ([(16, 2)], 2, {}, (8, 1)),
+        ([(16, 2)], 3, {}, (16 / 3, 0.5)),
+        ([(16, 2)], 8, {}, (2, 0.25)),
+        ([(16, 2)], 4, {"gpu_id": ""}, (4, 0)),
+        ([(4, 1), (4, 1)], 1, {}, (4, 1)),
+        ([(4, 1), (4, 1)], 4, {}, (2, 0.5)),
+    ],
+)
+def test_trials_share_cpus_and_gpus(data, tmp_path, monkeypatch, nodes, jobs, settings, share):
+    listed = [{"Alive": True, "Resources": {"CPU": cpu, "GPU": gpu}} for cpu, gpu in nodes]
+    monkeypatch.setattr("ray.nodes", lambda: listed)
+    found = tuning._share(plan_of(data, tmp_path / "out", settings=settings), jobs, None)
+    assert found == {"cpu": share[0], "gpu": share[1]}
 
 
 def test_a_model_without_a_space_needs_one(data):

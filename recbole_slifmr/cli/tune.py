@@ -34,7 +34,9 @@ if TYPE_CHECKING:
                  help="Stop bad trials early, let them be, or population-based training."),
     click.option("--search", default="random", show_default=True, type=click.Choice(SEARCHES), help="How points come."),
     click.option("--seeds", default=1, show_default=True, help="Seeds to score the winner on test with; 0: no test."),
-    click.option("--resources", default=None, help="Of a trial: cpu=1,gpu=0.5.  [a CPU, or a GPU if there are any]"),
+    click.option("--jobs", default=None, type=int,
+                 help="Trials at a time, which share CPUs and GPUs.  [one per GPU, or per CPU if there are none]"),
+    click.option("--resources", default=None, help="Of a trial, instead of --jobs: cpu=1,gpu=0.5."),
     click.option("--address", default=None, help="Running Ray cluster that sees the same files; auto finds it."),
     click.option("--dashboard", is_flag=True, help="Open Ray's dashboard, on this machine only."),
     click.option("--time_budget", "--time-budget", default=None, help="90s, 30m, 2h: no trial goes on for longer."),
@@ -51,6 +53,7 @@ def tune_command(
     dataset: str,
     config_files: str,
     resume: bool,
+    jobs: int | None,
     resources: str | None,
     address: str | None,
     dashboard: bool,
@@ -70,7 +73,14 @@ def tune_command(
     )
     with _LiveSearch() as live:
         outcome = run_search(
-            search, resume, parse_resources(resources), address, dashboard, parse_seconds(time_budget), live.update
+            search,
+            resume,
+            jobs,
+            parse_resources(resources),
+            address,
+            dashboard,
+            parse_seconds(time_budget),
+            live.update,
         )
     if outcome.best_file is None:
         raise click.ClickException(f"every trial failed; the first: {outcome.first_error or 'none was run'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import warnings
@@ -111,9 +112,10 @@ class Search:
         return self.out / "state.zip"
 
     def identity(self) -> dict[str, Any]:
-        """Return what a search that is resumed must share with its beginning, as JSON."""
+        """Return what a search that is resumed must share with its beginning, as JSON; data and code by their hashes."""
         files = [Path(file).read_text(encoding="utf-8") for file in self.config_files]
         content = {**asdict(self), "out": None, "seeds": None, "test_mask": None, "config_files": files}
+        content["data or code"] = _input_hashes(self.config())
         return json.loads(json.dumps(content, default=str))
 
 
@@ -198,6 +200,18 @@ def _check(search: Search, config: Config) -> None:
             messages = unknown_settings(search.config(point))
             if messages:
                 raise SettingError(f"search space: {messages[0]}")
+
+
+def _input_hashes(config: Config) -> dict[str, str]:
+    """Return a hash by name of the package's sources and of the files in the folder of the data set."""
+    folders = {"code": Path(__file__).parents[1], "data": Path(config["data_path"])}
+    files = {"code": folders["code"].rglob("*.py"), "data": folders["data"].rglob("*")}
+    return {
+        f"{kind}/{path.relative_to(folders[kind]).as_posix()}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for kind, paths in files.items()
+        for path in sorted(paths)
+        if path.is_file()
+    }
 
 
 @contextlib.contextmanager

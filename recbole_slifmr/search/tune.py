@@ -7,10 +7,11 @@ import functools
 import json
 import logging
 import os
+import pickle
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from time import monotonic
 from typing import Any, ClassVar, NamedTuple
@@ -20,6 +21,7 @@ import optuna
 import pandas as pd
 import ray
 import torch
+from filelock import FileLock, Timeout
 from ray import tune as ray_tune
 from ray.tune import schedulers
 from ray.tune.search.optuna import OptunaSearch
@@ -30,8 +32,8 @@ from recbole_slifmr.search import outcome
 from recbole_slifmr.search.outcome import Ended, Outcome
 from recbole_slifmr.search.plan import DATA, Search, make_search
 from recbole_slifmr.search.space import Space, grid, perturb, suggest
-from recbole_slifmr.search.trial import TrialData, load_trial_data, run_trial
-from recbole_slifmr.study.runs import Task, collect, ray_session, run_all
+from recbole_slifmr.search.trial import TrialData, load_trial_data, pack, run_trial
+from recbole_slifmr.study.runs import Task, collect, gpu_share, ray_session, run_all
 
 
 class Progress(NamedTuple):
@@ -63,7 +65,7 @@ def tune(model: str, dataset: str, **options: Any) -> Outcome:
     return run_search(make_search(model, dataset, **options), **running)
 
 
-_RUNNING = ("resume", "resources", "address", "dashboard", "time_budget", "on_tick")
+_RUNNING = ("resume", "jobs", "resources", "address", "dashboard", "time_budget", "on_tick")
 
 
 # -- running ------------------------------------------------------------------------------------------------------
@@ -72,6 +74,7 @@ _RUNNING = ("resume", "resources", "address", "dashboard", "time_budget", "on_ti
 def run_search(
     search: Search,
     resume: bool = False,
+    jobs: int | None = None,
     resources: Mapping[str, float] | None = None,
     address: str | None = None,
     dashboard: bool = False,
@@ -83,7 +86,8 @@ def run_search(
     Args:
         search: what to try.
         resume: go on with what an interrupted search left in ``search.out``.
-        resources: ``{"cpu": ..., "gpu": ...}`` of a trial; found out if None: one CPU, or one GPU where there are any.
+        jobs: trials at a time, which share the CPUs and GPUs among them; as many as there are CPUs or GPUs if None.
+        resources: ``{"cpu": ..., "gpu": ...}`` of a trial, instead of ``jobs``.
         address: of a running Ray cluster that sees the same files.
         dashboard: open Ray's dashboard, on loopback.
         time_budget: seconds after which no trial goes on.
@@ -93,11 +97,14 @@ def run_search(
         SettingError, DataError: for anything that cannot be used, before anything is trained.
     """
     _check_folder(search, resume)
-    with ray_session(address, dashboard=dashboard):
-        share = _share(search, resources)
-        shared = None if DATA & set(search.space) else load_trial_data(search.config(), search.seed)
+    with ray_session(address, dashboard=dashboard), contextlib.ExitStack() as stack:
+        share = _share(search, jobs, resources)
+        read_once = not DATA & set(search.space)
+        shared = ray.put(pack(load_trial_data(search.config(), search.seed))) if read_once else None
         _Watch.search, _Watch.on_tick, _Watch.saved = search, on_tick, 0.0
         search.reports.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_lock(search))
+        _check_folder(search, resume)
         write_json(search.out / "search.json", search.identity())
         ended = _fit(search, resume, shared, share, time_budget)
         trials, history = outcome.write_tables(search, ended)
@@ -109,8 +116,8 @@ def run_search(
         threads = max(1, int(share["cpu"]))
         device = {"threads": threads, **({"gpu_id": ""} if torch.cuda.is_available() and not share["gpu"] else {})}
         best, point = outcome.write_best(search, ranked.iloc[0], device)
-        importance = outcome.plot(search, ranked, history)
         runs, failures = _score(search, best, threads, address)
+        importance = outcome.plot(search, ranked, history)
     return Outcome(search.metric, trials, best, point, importance, runs, failures)
 
 
@@ -127,17 +134,38 @@ def _check_folder(search: Search, resume: bool) -> None:
         raise SettingError(f"{search.out} holds a search with other {', '.join(changed)}: resume it as it was started")
 
 
-def _share(search: Search, asked: Mapping[str, float] | None) -> dict[str, float]:
-    """Return CPUs and GPUs of a trial.
+@contextlib.contextmanager
+def _lock(search: Search) -> Iterator[None]:
+    """Keep the folder for this search while it runs; the lock of a process that is killed is gone with it."""
+    lock = FileLock(search.out / "search.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise SettingError(f"{search.out} holds a search that is running: name another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _share(search: Search, jobs: int | None, asked: Mapping[str, float] | None) -> dict[str, float]:
+    """Return CPUs and GPUs of a trial: ``asked``, or its part if ``jobs`` trials share all there are.
+
+    With neither a trial has a GPU of its own, or one CPU where there is no GPU.
 
     Raises:
         SettingError: if there are not so many anywhere in the cluster.
     """
+    if jobs is not None and (jobs < 1 or asked is not None):
+        raise SettingError("jobs must be at least 1, and stands instead of resources")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most = {name: max((node.get(name.upper(), 0) for node in nodes), default=0) for name in ("cpu", "gpu")}
     if asked is None:
-        n_gpus = most["gpu"] if search.settings.get("gpu_id", "0") != "" else 0
-        return {"cpu": max(1, min(4, most["cpu"] // n_gpus)) if n_gpus else 1, "gpu": 1 if n_gpus else 0}
+        n_cpus, n_gpus = (sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
+        n_gpus = n_gpus if search.settings.get("gpu_id", "0") != "" else 0
+        if jobs is not None:
+            return {"cpu": min(most["cpu"], n_cpus / jobs), "gpu": gpu_share(n_gpus, jobs)}
+        return {"cpu": max(1, min(4, n_cpus // n_gpus)) if n_gpus else 1, "gpu": 1 if n_gpus else 0}
     share = {"cpu": 1, "gpu": 0, **asked}
     for name, value in share.items():
         if name not in most or value < 0:
@@ -148,7 +176,7 @@ def _share(search: Search, asked: Mapping[str, float] | None) -> dict[str, float
 
 
 def _fit(
-    search: Search, resume: bool, shared: TrialData | None, share: Mapping[str, float], time_budget: float | None
+    search: Search, resume: bool, shared: ray.ObjectRef | None, share: Mapping[str, float], time_budget: float | None
 ) -> list[Ended]:
     """Run the trials with Ray Tune."""
     os.environ.update(
@@ -166,7 +194,7 @@ def _fit(
     param_space = {"point": ray_tune.grid_search(points)} if listed else {}
     going_on = resume and _restore_state(search)
     done = outcome.last_reports(search)
-    parameters = ray_tune.with_parameters(_trainable, search=search, shared=shared, share=dict(share), done=done)
+    parameters = ray_tune.with_parameters(_trainable, search=search, shared=(shared,), share=dict(share), done=done)
     trainable = ray_tune.with_resources(parameters, dict(share))
     if going_on:
         tuner = ray_tune.Tuner.restore(str(search.folder), trainable, resume_unfinished=True, param_space=param_space)
@@ -234,7 +262,7 @@ def _restore_state(search: Search) -> bool:
 def _trainable(
     config: dict[str, Any],
     search: Search,
-    shared: TrialData | None,
+    shared: tuple[ray.ObjectRef | None],
     share: Mapping[str, float],
     done: Mapping[str, Any],
 ) -> None:
@@ -247,15 +275,25 @@ def _trainable(
     node = ray.get_runtime_context().get_node_id()[:8]
 
     def report_to_tune(metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
+        full = {**metrics, "node": node, "used": point}
+        if metrics["finished"] and search.scheduler != "pbt":  # no trial goes on from here
+            ray_tune.report({**_seen(full), "report": full})
+            return
         with tempfile.TemporaryDirectory() as folder:
             save(Path(folder))
-            full = {**metrics, "node": node, "used": point}
             ray_tune.report({**_seen(full), "report": full}, checkpoint=ray_tune.Checkpoint.from_directory(folder))
 
     settings = search.config(point, **_run_settings(share))
     checkpoint = ray_tune.get_checkpoint()
     with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
-        run_trial(settings, search.seed, shared, Path(folder) if folder else None, report_to_tune)
+        data = None if shared[0] is None else _read_shared(shared[0])
+        run_trial(settings, search.seed, data, Path(folder) if folder else None, report_to_tune)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_shared(reference: ray.ObjectRef) -> TrialData:
+    """Return the data of a search, read once by a process: its trials follow one another."""
+    return pickle.loads(ray.get(reference))
 
 
 def _seen(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,11 +314,11 @@ def _optuna(search: Search, metric: str, mode: str) -> Any:
 
 
 def _scheduler(search: Search) -> Any:
-    epochs = search.config()["epochs"]
-    if search.scheduler == "asha":
-        return _Asha(time_attr="epoch", max_t=epochs, grace_period=max(1, epochs // 27), reduction_factor=3)
+    epochs, eval_step = search.config()["epochs"], search.config()["eval_step"]
+    if search.scheduler == "asha":  # below eval_step two rungs would fall on one report, and the second on a later one
+        return _Asha(time_attr="epoch", max_t=epochs, grace_period=max(eval_step, epochs // 27), reduction_factor=3)
     if search.scheduler == "pbt":
-        explore = functools.partial(_explore, search.space)
+        explore = functools.partial(_explore, search.space, np.random.default_rng(search.seed))
         return schedulers.PopulationBasedTraining(
             time_attr="epoch",
             perturbation_interval=_perturbation_interval(search),
@@ -299,8 +337,8 @@ def _kept_checkpoints(search: Search) -> int:
     return 3 + (_perturbation_interval(search) if search.scheduler == "pbt" else 0)
 
 
-def _explore(space: Space, config: dict[str, Any]) -> dict[str, Any]:
-    return {"point": perturb(space, config["point"], np.random.default_rng())}
+def _explore(space: Space, rng: np.random.Generator, config: dict[str, Any]) -> dict[str, Any]:
+    return {"point": perturb(space, config["point"], rng)}
 
 
 class _Asha(schedulers.ASHAScheduler):

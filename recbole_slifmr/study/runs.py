@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -263,6 +264,11 @@ def ray_session(address: str | None = None, n_cpus: int | None = None, dashboard
         ray.shutdown()
 
 
+def gpu_share(n_gpus: float, jobs: int) -> float:
+    """Return what each of several jobs asks Ray for, so that as few as can be share a GPU."""
+    return 1 / math.ceil(jobs / n_gpus) if n_gpus else 0
+
+
 def _reach(address: str) -> None:
     """Raise an OSError if nothing answers at ``host:port``; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -270,11 +276,17 @@ def _reach(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
+def _run_on_share(task: Task) -> None:
+    """Run a task on the GPU that Ray chose for this process: left alone, RecBole takes the machine's first."""
+    run_task(task, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
 def _run_with_ray(tasks: Sequence[Task], jobs: int, address: str | None) -> Iterable[tuple[str, str]]:
     import ray
 
     with ray_session(address, jobs):
-        remote = ray.remote(num_cpus=1, max_calls=1, max_retries=0)(run_task)
+        n_gpus = gpu_share(ray.cluster_resources().get("GPU", 0), jobs)
+        remote = ray.remote(num_cpus=1, num_gpus=n_gpus, max_calls=1, max_retries=0)(_run_on_share)
         running = {remote.remote(task): task for task in tasks}
         while running:
             ready, _ = ray.wait(list(running), timeout=0.5)

@@ -124,16 +124,21 @@ class Point(NamedTuple):
     best: bool
 
 
-def run_task(task: Task) -> None:
+def run_task(task: Task, devices: str | None = None) -> None:
     """Run a task and leave ``result.json`` and ``per_user.parquet``, or ``error.json``, in its folder.
 
     Runs in a process of its own. ``progress.jsonl`` gets a line per validated epoch on the way.
+
+    Args:
+        task: what to run.
+        devices: the GPUs to use, as ``gpu_id``; what the settings say if None.
     """
+    arguments = task.arguments
+    if devices is not None and arguments["settings"].get("gpu_id") != "":
+        arguments["settings"]["gpu_id"] = devices
     if multiprocessing.parent_process() is not None:  # else it is in Ray's hands
         _end_with_driver(task)
-        multiprocessing.set_start_method(
-            None, force=True
-        )  # the loaders' processes start as they do outside a benchmark
+        multiprocessing.set_start_method(None, force=True)  # the loaders' processes start as outside a benchmark
     task.folder.mkdir(parents=True, exist_ok=True)
     names = ("result.json", "error.json", "progress.jsonl")
     for file in (*(task.folder / name for name in names), *task.folder.glob("*.part")):
@@ -144,7 +149,7 @@ def run_task(task: Task) -> None:
         key = task.key()
         with (task.folder / "progress.jsonl").open("w", buffering=1) as progress:
             result = run(
-                **task.arguments,
+                **arguments,
                 split_seed=task.split_seed,
                 test_mask=task.test_mask,
                 detailed=True,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import sys
 from logging import getLogger
 from time import perf_counter
 from typing import Any
@@ -236,6 +238,16 @@ class SelfLoopCallback(_StatefulCallback):
         self._restored = True
 
 
+def _import(name: str) -> Any:
+    """Import a module, from the working directory if it is nowhere else, which the ``slifmr`` script does not search.
+
+    Processes that this one starts search where it does.
+    """
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
+
+
 def load_callback(path: str) -> Callback:
     """Make a callback from ``package.module:ClassName``; it is called without arguments.
 
@@ -244,7 +256,7 @@ def load_callback(path: str) -> Callback:
     """
     module_name, _, class_name = path.partition(":")
     try:
-        callback = getattr(importlib.import_module(module_name), class_name)()
+        callback = getattr(_import(module_name), class_name)()
     except (ImportError, AttributeError, ValueError) as error:
         raise SettingError(f"callbacks: '{path}' cannot be loaded as package.module:ClassName: {error}") from error
     hooks = [name for name, hook in vars(Callback).items() if callable(hook) and not name.startswith("_")]

@@ -228,6 +228,7 @@ def make_trainer(config: Config, train_data: Any, adapt: Callable[[type], type] 
         init_seed(config["seed"], config["reproducibility"])
         network = get_model(config["model"])(config, train_data._dataset).to(config["device"])
         trainer = adapt(get_trainer(config["MODEL_TYPE"], config["model"]))(config, network)
+    trainer.eval_step = min(trainer.eval_step, trainer.epochs)  # RecBole forgets it where a model has one epoch
     if not config["single_spec"]:  # the same model everywhere, but negatives of its own for each process
         init_seed(config["seed"] + config["offset"] + config["local_rank"], config["reproducibility"])
     return trainer
