@@ -112,7 +112,7 @@ class Search:
         return self.out / "state.zip"
 
     def identity(self) -> dict[str, Any]:
-        """Return what a search that is resumed must share with its beginning, as JSON; data and code by their hashes."""
+        """Return what a search that is resumed must share with its beginning, as JSON; data and code as hashes."""
         files = [Path(file).read_text(encoding="utf-8") for file in self.config_files]
         content = {**asdict(self), "out": None, "seeds": None, "test_mask": None, "config_files": files}
         content["data or code"] = _input_hashes(self.config())
