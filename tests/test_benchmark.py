@@ -349,3 +349,24 @@ def test_the_command_ends_with_the_table(folder, monkeypatch, capsys):
         main(["benchmark", "--dataset=tiny", "--models=BPRR", f"--data_path={folder}", "--topk=[5]", "--out=bench2"])
     assert stop.value.code == 2 and "unknown model 'BPRR'" in capsys.readouterr().err
     assert not (folder / "bench2").exists()
+
+
+@pytest.mark.parametrize("n_gpus, jobs, share", [(0, 4, 0), (1, 1, 1), (1, 3, 1 / 3), (2, 3, 0.5), (4, 2, 1)])
+def test_jobs_share_the_gpus(n_gpus, jobs, share):
+    assert runs.gpu_share(n_gpus, jobs) == share
+
+
+def test_a_job_uses_the_gpu_that_ray_gave_it(monkeypatch, tmp_path):
+    """Without it every job would take RecBole's ``gpu_id``, the first of the machine."""
+    given = []
+
+    def stop(**arguments):
+        given.append(arguments["settings"].get("gpu_id"))
+        raise ValueError("far enough")
+
+    monkeypatch.setattr("recbole_slifmr.training.experiment.run", stop)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    for number, settings in enumerate(({}, {"gpu_id": ""})):
+        with pytest.raises(SystemExit):
+            runs._run_on_share(runs.Task("BPR", 1, "tiny", tmp_path / str(number), settings=settings))
+    assert given == ["3", ""], "a run that is told to stay on the CPU does"

@@ -30,6 +30,7 @@ from recbole_slifmr.study import statistics
 from recbole_slifmr.study.benchmark import make_plan
 from recbole_slifmr.study.page import write_page
 from recbole_slifmr.study.runs import ray_session
+from recbole_slifmr.training.callback import load_callback
 from recbole_slifmr.training.experiment import fingerprint, prepare, run
 
 SETTINGS = {"epochs": 3, "topk": [5], "valid_metric": "NDCG@5", "train_batch_size": 64}
@@ -510,3 +511,15 @@ def test_importance_finds_the_setting_that_matters():
     found = statistics.importance(frame, ["c", "b", "a", "not_there"])
     assert list(found.index) == ["a", "b", "c"] and found.sum() == pytest.approx(1) and found["c"] < 0.05
     assert statistics.importance(frame.head(3), ["a"]) is None
+
+
+def test_a_callback_in_the_working_directory_is_found_as_the_slifmr_script_finds_it(tmp_path, monkeypatch):
+    """The script's own folder stands first in the search path, not the working directory."""
+    (tmp_path / "own_callback.py").write_text(
+        "from recbole_slifmr.training.callback import Callback\n\nclass Own(Callback):\n    pass\n"
+    )
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    with pytest.raises(SettingError, match="'own_callback:Own' cannot be loaded"):
+        load_callback("own_callback:Own")
+    monkeypatch.chdir(tmp_path)
+    assert type(load_callback("own_callback:Own")).__name__ == "Own"
