@@ -153,6 +153,8 @@ class _LiveSearch:
 
     def __exit__(self, *error: Any) -> None:
         self.live.__exit__(*error)
+        if not self.live.console.is_terminal:  # where rich leaves the last line open
+            self.live.console.line()
 
     def update(self, progress: Progress) -> None:
         """Show how far the search is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import yaml
 
-from recbole_slifmr.files import replace_file, write_csv
+from recbole_slifmr.files import replace_file, to_json, write_csv
 from recbole_slifmr.search.plan import Search
 from recbole_slifmr.search.space import Point
 from recbole_slifmr.study import plots, statistics, tables
@@ -55,7 +56,7 @@ class Ended(NamedTuple):
 def write_report(search: Search, trial: str, entry: Mapping[str, Any]) -> None:
     """Write down what a trial reported."""
     with (search.reports / f"{trial}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(to_json(entry) + "\n")
 
 
 def read_reports(search: Search, trial: str) -> list[dict[str, Any]]:
@@ -84,11 +85,16 @@ def write_done(search: Search, trial: str) -> None:
 def write_tables(search: Search, ended: Sequence[Ended]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write ``trials.csv``, one row per trial, best first, and ``history.parquet``, one per trial and report."""
     sign = 1 if search.bigger else -1
+
+    def rank(entry: Mapping[str, Any]) -> tuple[float, int]:
+        """Order reports as the trainer does: of equal scores the later; one without a number comes last."""
+        return -math.inf if entry["score"] is None else sign * entry["score"], entry["epoch"]
+
     rows, lines = [], []
     for name, point, error in ended:
         reports = read_reports(search, name)
         last = reports[-1] if reports else {}
-        best = max(reports, key=lambda entry: (sign * entry["score"], entry["epoch"]), default={})
+        best = max(reports, key=rank, default={})
         rows.append(
             {
                 "trial": name,

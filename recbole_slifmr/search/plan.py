@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import warnings
@@ -20,6 +19,7 @@ from recbole_slifmr.errors import SettingError, UnknownSettingWarning
 from recbole_slifmr.host.settings import make_config, unknown_settings
 from recbole_slifmr.paths import PROPERTIES
 from recbole_slifmr.search.space import Point, Space, draw, ends, grid, read_space, start
+from recbole_slifmr.study.identity import input_hashes
 from recbole_slifmr.training.evaluation import MASKS
 
 SCHEDULERS = ("asha", "none", "pbt")
@@ -115,7 +115,7 @@ class Search:
         """Return what a search that is resumed must share with its beginning, as JSON; data and code as hashes."""
         files = [Path(file).read_text(encoding="utf-8") for file in self.config_files]
         content = {**asdict(self), "out": None, "seeds": None, "test_mask": None, "config_files": files}
-        content["data or code"] = _input_hashes(self.config())
+        content["data or code"] = input_hashes(self.model, self.dataset, self.config_files, self.settings)
         return json.loads(json.dumps(content, default=str))
 
 
@@ -200,18 +200,6 @@ def _check(search: Search, config: Config) -> None:
             messages = unknown_settings(search.config(point))
             if messages:
                 raise SettingError(f"search space: {messages[0]}")
-
-
-def _input_hashes(config: Config) -> dict[str, str]:
-    """Return a hash by name of the package's sources and of the files in the folder of the data set."""
-    folders = {"code": Path(__file__).parents[1], "data": Path(config["data_path"])}
-    files = {"code": folders["code"].rglob("*.py"), "data": folders["data"].rglob("*")}
-    return {
-        f"{kind}/{path.relative_to(folders[kind]).as_posix()}": hashlib.sha256(path.read_bytes()).hexdigest()
-        for kind, paths in files.items()
-        for path in sorted(paths)
-        if path.is_file()
-    }
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from ray import tune as ray_tune
 from ray.tune import schedulers
 from ray.tune.search.optuna import OptunaSearch
 
-from recbole_slifmr.errors import SettingError
+from recbole_slifmr.errors import SettingError, one_line
 from recbole_slifmr.files import replace_file, write_json
 from recbole_slifmr.search import outcome
 from recbole_slifmr.search.outcome import Ended, Outcome
@@ -234,7 +234,7 @@ def _reason(error: Any) -> str | None:
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, ray.exceptions.RayActorError):
         return "the process died (out of memory?)"
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:300]
+    return one_line(cause)
 
 
 def _folder_name(trial: Any) -> str:
