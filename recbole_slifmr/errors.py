@@ -17,6 +17,10 @@ class UnknownSettingWarning(UserWarning):
     """A setting that neither RecBole nor the model reads."""
 
 
+class StorageError(OSError):
+    """A file cannot be written; what was there before is whole."""
+
+
 class ProcessError(RuntimeError):
     """A process of a distributed run failed; its traceback is the error's note."""
 

@@ -19,6 +19,7 @@ import recbole.data.utils
 import recbole.model.general_recommender
 import recbole.model.knowledge_aware_recommender
 import recbole.trainer
+import torch
 from recbole.config import Config
 from recbole.utils.argument_list import dataset_arguments
 
@@ -26,8 +27,10 @@ from recbole_slifmr.data.cold import is_cold, sample_warm_only
 from recbole_slifmr.data.dataset import SETTINGS, SLIFMRDataset
 from recbole_slifmr.host import compat
 from recbole_slifmr.host.settings import model_names, wrap_config
+from recbole_slifmr.host.stored import allow_in_checkpoints
 from recbole_slifmr.model import MODELS
 from recbole_slifmr.training import trainer
+from recbole_slifmr.training.checkpoint import read_checkpoint
 
 # What a saved data set depends on beside RecBole's own list.
 DATASET_SETTINGS = (*SETTINGS, "MODEL_TYPE", "data_path", "noise", "cold_items", "eval_args")
@@ -39,7 +42,7 @@ def register() -> None:
     for name in MODELS:
         module = importlib.import_module(f"recbole_slifmr.model.{name.lower()}")
         sys.modules[f"recbole.model.general_recommender.{name.lower()}"] = module
-        compat.allow_in_checkpoints(getattr(module, name))
+        allow_in_checkpoints(getattr(module, name))
     for name in model_names():
         if not hasattr(recbole.data.dataset, f"{name}Dataset"):
             setattr(recbole.data.dataset, f"{name}Dataset", SLIFMRDataset)
@@ -80,6 +83,12 @@ def run_recboles(*args: Any, **kwargs: Any) -> Any:
     return _original("run_recboles")(*args, **kwargs)
 
 
+def load_data_and_model(model_file: Any) -> Any:
+    """Call RecBole's ``load_data_and_model``; of the checkpoint it gets the data, and nothing of it is run."""
+    torch_reading_data = compat.Module(torch, load=functools.partial(read_checkpoint, map_location=None))
+    return compat.with_module(_original("load_data_and_model"), "torch", torch_reading_data)(model_file)
+
+
 _originals: dict[str, Any] = {}
 
 
@@ -93,7 +102,7 @@ QUICK_START = "recbole.quick_start.quick_start"
 
 
 def _wrap_quick_start() -> None:
-    """Replace the functions of ``recbole.quick_start`` that other processes are started with.
+    """Replace the functions of ``recbole.quick_start`` that start other processes or read a checkpoint.
 
     That module imports Ray, which takes seconds: it is wrapped when somebody imports it, not before.
     """
@@ -104,7 +113,7 @@ def _wrap_quick_start() -> None:
 
 
 def _replace_entry_points(*modules: ModuleType) -> None:
-    for function in (run_recbole, run_recboles):
+    for function in (run_recbole, run_recboles, load_data_and_model):
         name = function.__name__
         for module in modules:
             if getattr(module, name, function) is not function:

@@ -31,6 +31,7 @@ QUIET = {
 def _in_empty_folder(tmp_path_factory, monkeypatch):
     """RecBole writes log, log_tensorboard and saved into the working directory."""
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.getbasetemp() / "data"))  # where the key of seals lies
     torch.manual_seed(0)
     np.random.seed(0)
 

@@ -12,6 +12,7 @@ from recbole_slifmr.cli import run_script
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.host.settings import parse_settings
 from recbole_slifmr.paths import ROOT
+from recbole_slifmr.training.checkpoint import read_checkpoint
 
 FAST = ["--epochs=1", "--show_progress=False", "--topk=[5]", "--valid_metric=Recall@5"]
 
@@ -125,7 +126,7 @@ def test_a_run_resumed_from_the_shell_ends_as_the_uninterrupted_one(work):
         assert done.returncode == 0, done.stderr
         table = [line for line in done.stdout.splitlines() if "@5" in line]
         checkpoint = next(line for line in done.stdout.splitlines() if line.startswith("checkpoint: "))[12:]
-        return table, checkpoint, torch.load(work / checkpoint)
+        return table, checkpoint, read_checkpoint(work / checkpoint)
 
     whole_table, _, whole = train("--epochs=6")
     _, checkpoint, half = train("--epochs=2")

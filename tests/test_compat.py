@@ -1,14 +1,13 @@
 """Each repair of RecBole is shown to be needed, to work, and to stay away where it is not needed.
 
-A repair cannot be taken back within a process. So this file is also a program: it loads `compat.py` by its
-path, without the package, which would apply everything, and forks a process for each `check_*`.
+A repair cannot be taken back within a process. So this file is also a program: it loads `compat.py` without the
+`__init__` of the package, which would apply everything, and forks a process for each `check_*`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import itertools
 import json
 import logging
@@ -31,7 +30,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-COMPAT = Path(__file__).resolve().parents[1] / "recbole_slifmr" / "host" / "compat.py"
+PACKAGE = Path(__file__).resolve().parents[1] / "recbole_slifmr"
 GRAPH_MODELS = ("LightGCN", "NGCF", "NCL", "GCMC", "SpectralCF", "KGIN", "MCCLK")
 MODELS = ("BPR", "SGL", "CKE", "CFKG", "KGCN", "KGAT", "EASE", "ItemKNN", *GRAPH_MODELS)
 CHECKS: dict[str, Callable[[], None]] = {}
@@ -117,9 +116,16 @@ def scores(trainer: Any, pairs: bool = False) -> torch.Tensor:
         return trainer.model.predict(Interaction({"user_id": users, "item_id": items})).clone()
 
 
+def read(path: Any) -> Any:
+    """Read a file that RecBole saved."""
+    from recbole_slifmr.host.stored import read_stored
+
+    return read_stored(path)
+
+
 def load_checkpoint(trainer: Any) -> None:
     """Load what the trainer saved, as its `evaluate` does."""
-    saved = torch.load(trainer.saved_model_file)
+    saved = read(trainer.saved_model_file)
     trainer.model.load_state_dict(saved["state_dict"])
     trainer.model.load_other_parameter(saved["other_parameter"])
 
@@ -314,24 +320,35 @@ def check_checkpoint_loading() -> None:
 
     from recbole.config import Config
 
-    compat.apply(skip={"checkpoint_loading"})
+    from recbole_slifmr.errors import SettingError
+    from recbole_slifmr.host.stored import allow_in_checkpoints
+
+    compat.apply(skip={"checkpoint_loading", "evaluated_strings"})
     trainer, (train, valid, test) = start("BPR")
     trainer.fit(train, valid, verbose=False)
     with pytest.raises(pickle.UnpicklingError, match="Weights only"):
         trainer.evaluate(test)
     assert apply_only("checkpoint_loading") == ["checkpoint_loading"]
     assert trainer.evaluate(test)["recall@5"] >= 0
-    loaded = torch.load(trainer.saved_model_file)["config"]
+    loaded = read(trainer.saved_model_file)["config"]
     assert type(loaded) is Config
     assert loaded.final_config_dict == trainer.config.final_config_dict
+    assert loaded.model_class is type(trainer.model)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only"):
+        torch.load(trainer.saved_model_file)  # as without this package
 
+    torch.save({"kept": Listed}, "listed.pth")
+    with pytest.raises(SettingError, match="Listed, which no checkpoint needs"):
+        read("listed.pth")
+    allow_in_checkpoints(Listed)
+    assert not callable(read("listed.pth")["kept"])
     torch.save(Listed(), "listed.pth")
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load("listed.pth")
-    compat.allow_in_checkpoints(Listed)
-    assert isinstance(torch.load("listed.pth"), Listed)
+    with pytest.raises(SettingError):
+        read("listed.pth")
 
     torch.save(Attack(), "attack.pth")  # Config evaluates the strings among its settings
+    with pytest.raises(SettingError, match="cannot be read as a checkpoint"):
+        trainer.resume_checkpoint("attack.pth")
     with pytest.raises(pickle.UnpicklingError):
         torch.load("attack.pth")
     assert not Path("attacked").exists()
@@ -351,6 +368,92 @@ class Attack:
         from recbole.config import Config
 
         return Config, ("BPR", "tiny", None, {"data_path": os.getcwd(), "x": "open('attacked', 'w').close()"})
+
+
+@check
+def check_pickled_files() -> None:
+    """RecBole unpickles whatever lies beside its checkpoints; with the repair, what it has saved itself."""
+    import pickle
+
+    from recbole.data import create_dataset, data_preparation
+    from recbole.data.utils import load_split_dataloaders
+
+    from recbole_slifmr.errors import DataError
+
+    compat.apply(skip={"pickled_files", "evaluated_strings"})
+
+    def load(**changes: Any) -> Any:
+        config = settings("BPR", **changes)
+        return load_split_dataloaders(config) or data_preparation(config, create_dataset(config))
+
+    files = [Path("saved/tiny-Dataset.pth"), Path("saved/tiny-for-BPR-dataloader.pth")]
+    files[0].parent.mkdir()
+    for file in files:
+        file.write_bytes(pickle.dumps(Attack()))
+        with contextlib.suppress(Exception):
+            load()
+        assert Path("attacked").exists()
+        Path("attacked").unlink()
+        file.unlink()
+    assert apply_only("pickled_files") == ["pickled_files"]
+    for file in files:
+        file.write_bytes(pickle.dumps(Attack()))
+        with pytest.raises(DataError, match=f"{file} was not written by you"):
+            load()
+        file.unlink()
+    assert not Path("attacked").exists()
+    saved = load(save_dataset=True, save_dataloaders=True)[0].dataset.inter_feat.interaction
+    for _ in files:  # the data set from its file, then the loaders, too
+        again = load()[0].dataset.inter_feat.interaction
+        assert all(torch.equal(again[name], saved[name]) for name in saved)
+        files.pop().write_bytes(b"")
+
+    sys.modules["recbole.model.general_recommender.ldiffrec"].np.save("item_emb.npy", np.array([Attack()]))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        sys.modules["recbole.model.general_recommender.ldiffrec"].np.load("item_emb.npy", allow_pickle=True)
+
+
+@check
+def check_evaluated_strings() -> None:
+    """A string among the settings is evaluated without the repair; with it, values are read and nothing runs."""
+    from recbole.model.context_aware_recommender import kd_dagfm
+
+    code = "open('attacked', 'w').close()"
+    compat.apply(skip={"evaluated_strings"})
+    settings("BPR", extra=code)
+    assert Path("attacked").exists()
+    Path("attacked").unlink()
+    assert apply_only("evaluated_strings") == ["evaluated_strings"]
+    read = settings("BPR", extra=code, sizes="[8, 4]", rate="1e-3", flag="True", nothing="None", word="len")
+    assert (read["extra"], read["sizes"], read["rate"], read["flag"]) == (code, [8, 4], 1e-3, True)
+    assert (read["nothing"], read["word"]) == (None, "len")
+    assert vars(kd_dagfm)["eval"]("CrossNet") is kd_dagfm.CrossNet
+    for name in (code, "nn", "KD_DAGFM(None, None)"):
+        with pytest.raises(ValueError, match="KD_DAGFM has no network"):
+            vars(kd_dagfm)["eval"](name)
+    assert not Path("attacked").exists()
+
+
+@check
+def check_readers() -> None:
+    """Every module of RecBole that reads tensors, unpickles or evaluates is one that is repaired."""
+    import re
+
+    import recbole
+
+    root = Path(recbole.__file__).parent
+    found: dict[str, set[str]] = {}
+    for path in root.rglob("*.py"):
+        name = ".".join(("recbole", *path.relative_to(root).with_suffix("").parts))
+        for pattern in (r"torch\.load\(", r"pickle\.\w+\(|allow_pickle=True", r"(?<![\w.])eval\(", r"(?<!\w)exec\("):
+            if re.search(pattern, path.read_text()):
+                found.setdefault(pattern, set()).add(name)
+    expected = [
+        {*compat.READERS, "recbole.quick_start.quick_start"},
+        {name for name, _ in compat.PICKLES},
+        set(compat.EVALUATE),
+    ]
+    assert list(map(sorted, found.values())) == list(map(sorted, expected))
 
 
 @check
@@ -383,7 +486,7 @@ def check_checkpoint_saving() -> None:
     assert apply_only("checkpoint_saving") == ["checkpoint_saving"]
     trainer._save_checkpoint(0)
     interrupt()
-    state = torch.load(trainer.saved_model_file)
+    state = read(trainer.saved_model_file)
     assert os.listdir("saved") == [os.path.basename(trainer.saved_model_file)]
     names = {"config", "epoch", "cur_step", "best_valid_score", "state_dict", "other_parameter", "optimizer"}
     assert set(state) == names
@@ -397,7 +500,7 @@ def check_checkpoint_saving() -> None:
     with pytest.raises(KeyboardInterrupt):
         pretrainer.save_pretrained_model(1, "pretrained.pth")
     torch.save = save
-    assert torch.load(pretrainer.saved_model_file)["epoch"] == 0
+    assert read(pretrainer.saved_model_file)["epoch"] == 0
     assert not list(Path().glob("*.part"))
 
     class Extended(Trainer):
@@ -406,7 +509,7 @@ def check_checkpoint_saving() -> None:
 
     extended = Extended(trainer.config, trainer.model)
     extended._save_checkpoint(7, saved_model_file=Path("elsewhere.pth"))
-    assert torch.load("elsewhere.pth")["more"] == 7
+    assert read("elsewhere.pth")["more"] == 7
 
     waited: list[bool] = []
     torch.distributed.barrier = lambda: waited.append(Path("shared.pth").exists())
@@ -415,7 +518,7 @@ def check_checkpoint_saving() -> None:
     trainer.config["local_rank"] = 0
     trainer._save_checkpoint(8, saved_model_file="shared.pth")
     assert waited == [False, True], "the first process writes, and no other goes on before"
-    saved = torch.load("shared.pth")["config"]
+    saved = read("shared.pth")["config"]
     assert (saved["single_spec"], trainer.config["single_spec"]) == (True, False)
 
 
@@ -869,8 +972,12 @@ def check_not_needed() -> None:
     Trainer._map_reduce = lambda self, result, num_sample: result
     NCLTrainer.fit = lambda self, train_data: train_data.get_model(self.model)
     torch.autograd.set_detect_anomaly(False)
-    load = torch.load
-    torch.load = lambda *args, **kwargs: load(*args, **{"weights_only": False, **kwargs})
+    for name in compat.READERS:
+        vars(importlib.import_module(name))["torch"] = types.SimpleNamespace(cuda=torch.cuda)
+    for name, attribute in compat.PICKLES:
+        vars(importlib.import_module(name))[attribute] = None
+    for name in compat.EVALUATE:
+        vars(importlib.import_module(name))["eval"] = None
     assert compat.apply() == []
     del sp.dok_matrix._update  # and with the fault back, so is the repair
     assert compat.apply() == ["bipartite_adjacency"]
@@ -879,9 +986,11 @@ def check_not_needed() -> None:
 @check
 def check_models() -> None:
     """Every model trains for an epoch, is saved, loaded and tested; its saved scores come back."""
-    from recbole.quick_start import load_data_and_model, run_recbole
+    importlib.import_module("recbole.quick_start")
 
     compat.apply()
+    from recbole.quick_start import load_data_and_model, run_recbole
+
     for model in MODELS:
         trainer, (train, valid, test) = start(model, metrics=["Recall", "NDCG", "ItemCoverage"])
         _, best = trainer.fit(train, valid, verbose=False)
@@ -916,9 +1025,9 @@ def run_check(name: str) -> str:
 def main(names: list[str]) -> None:
     """Run each check in a forked process and write its traceback to `<name>.json`."""
     global compat
-    spec = importlib.util.spec_from_file_location("compat", COMPAT)
-    compat = sys.modules["compat"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compat)
+    package = sys.modules["recbole_slifmr"] = types.ModuleType("recbole_slifmr")
+    package.__path__ = [str(PACKAGE)]
+    compat = importlib.import_module("recbole_slifmr.host.compat")
     sys.argv = sys.argv[:1]  # Config reads them
     for name in names:
         report = Path(f"{name}.json").resolve()
@@ -939,7 +1048,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     folder = tmp_path_factory.mktemp("compat")
     wanted = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
     command = [sys.executable, "-W", "ignore", __file__, *wanted]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_DATA_HOME": str(folder)}
     subprocess.run(command, cwd=folder, env=environment, check=True, timeout=300)
     return folder
 

@@ -15,7 +15,7 @@ from conftest import QUIET, REAL_DATA, write_table, write_tiny
 from recbole.data import create_dataset
 
 from recbole_slifmr.cli import main
-from recbole_slifmr.data.convert import Columns, convert_kgat, convert_mmrec, convert_tables
+from recbole_slifmr.data.convert import Columns, convert_kgat, convert_mmrec, convert_tables, source
 from recbole_slifmr.data.features import find_modalities, load_features
 from recbole_slifmr.data.vectors import ItemFile
 from recbole_slifmr.errors import DataError, SettingError
@@ -366,6 +366,37 @@ def test_an_archive_without_triples_is_named(kgat, tmp_path):
         archive.writestr("other.txt", "0 0 1\n")
     with pytest.raises(DataError, match=r"kg_final.zip holds no kg_final.txt"):
         convert_kgat(kgat, tmp_path / "out")
+
+
+TRIPLES = "0 0 1\n"
+ARCHIVES = {
+    "a name above": ({"../kg_final.txt": TRIPLES}, r"names a file outside itself, '\.\./kg_final\.txt'"),
+    "another above": ({"kg_final.txt": TRIPLES, "a/../../x": ""}, r"names a file outside itself, 'a/\.\./\.\./x'"),
+    "an absolute name": ({"/kg_final.txt": TRIPLES}, r"names a file outside itself, '/kg_final\.txt'"),
+    "two of them": ({"kg_final.txt": TRIPLES, "a/kg_final.txt": TRIPLES}, "holds 2 files kg_final.txt"),
+    "zeros": ({"kg_final.txt": bytes(1 << 26)}, "would unpack to 67,108,864 bytes, more than 100 times"),
+}
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_an_archive_of_triples_writes_nothing_and_is_refused_in_a_line(kgat, tmp_path, case):
+    members, message = ARCHIVES[case]
+    (kgat / "kg_final.txt").unlink(missing_ok=True)
+    with zipfile.ZipFile(kgat / "kg_final.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=f"kg_final.zip {message}"):
+        convert_kgat(kgat, tmp_path / "out")
+    assert [path for path in sorted(tmp_path.rglob("*")) if path != tmp_path / "out"] == before
+
+
+def test_a_line_without_end_is_refused(kgat, monkeypatch):
+    monkeypatch.setattr(source, "BLOCK", 64)
+    monkeypatch.setattr(source, "LONGEST_LINE", 256)
+    (kgat / "kg_final.txt").write_text("0 0 0\n" + "1 " * 1000)
+    with pytest.raises(DataError, match=r"kg_final\.txt, line 2: longer than 256 bytes"):
+        convert_kgat(kgat, kgat.parent / "out")
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

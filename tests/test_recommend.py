@@ -20,6 +20,7 @@ from conftest import QUIET, all_scores, write_tiny
 from recbole_slifmr.cli import main
 from recbole_slifmr.serve import recommend
 from recbole_slifmr.serve.trained import load_trained
+from recbole_slifmr.training.checkpoint import read_checkpoint
 from recbole_slifmr.training.experiment import run
 
 
@@ -191,7 +192,7 @@ def test_bad_input_is_one_line_and_status_2(trained, capsys, case):
 
 
 def test_scores_that_are_no_numbers_are_refused(trained, capsys):
-    state = torch.load(trained("BPR"))
+    state = read_checkpoint(trained("BPR"))
     state["state_dict"]["item_embedding.weight"][3] = torch.nan
     torch.save(state, "nan.pth", pickle_protocol=2)
     done = slifmr(capsys, "recommend", "--checkpoint=nan.pth", "--all")
@@ -313,7 +314,7 @@ class OwnModel(torch.nn.Module):
 
 
 def write_bad(kind, good, path):
-    state = torch.load(good)
+    state = read_checkpoint(good)
     if kind == "attack":
         torch.save({**state, "more": Attack()}, path, pickle_protocol=2)
     elif kind == "attack in a plain pickle":
@@ -398,7 +399,7 @@ def test_the_attack_is_one(trained):
 
 def test_settings_in_a_checkpoint_are_not_run_and_name_no_file_that_is(trained, capsys):
     attack = "__import__('os').system('touch attacked')"
-    state = torch.load(trained())
+    state = read_checkpoint(trained())
     settings = {"modality_weight": attack, "callbacks": ["antigravity:Callback"], "checkpoint_dir": "."}
     state["config"].final_config_dict.update(settings, dataset_save_path="data.pkl", dataloaders_save_path="data.pkl")
     torch.save(state, "bad.pth", pickle_protocol=2)
@@ -449,7 +450,7 @@ def swap(folder):
 
 
 def without_record(checkpoint):
-    state = torch.load(checkpoint)
+    state = read_checkpoint(checkpoint)
     del state["data"]
     torch.save(state, "old.pth", pickle_protocol=2)
     return "old.pth"

@@ -11,6 +11,7 @@ from conftest import all_scores
 
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.training.callback import Callback, SelfLoopCallback
+from recbole_slifmr.training.checkpoint import read_checkpoint
 
 
 class Recorder(Callback):
@@ -72,7 +73,7 @@ def test_refresh_comes_before_validation_and_saving(tiny, build):
     run.trainer._valid_epoch = lambda *a, **k: (seen.append(run.model.feedback_index.shape[1]), (0.5, {}))[1]
     fit(run)
     assert seen[0] > 0
-    saved = torch.load(run.trainer.saved_model_file)["other_parameter"]["feedback_index"]
+    saved = read_checkpoint(run.trainer.saved_model_file)["other_parameter"]["feedback_index"]
     assert torch.equal(saved, run.model.feedback_index)
 
 

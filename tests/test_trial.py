@@ -10,6 +10,7 @@ from conftest import QUIET, write_table
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.model import MODELS as PACKAGE_MODELS
 from recbole_slifmr.search.trial import CHECKPOINT, load_trial_data, pack, run_trial
+from recbole_slifmr.training.checkpoint import read_checkpoint
 from recbole_slifmr.training.experiment import run
 
 SETTINGS = {**QUIET, "epochs": 4, "valid_metric": "NDCG@5"}  # Recall@10 of 15 items says little
@@ -98,7 +99,8 @@ def test_a_checkpoint_of_other_settings_goes_on_with_the_new_ones(tiny, tmp_path
     for name, rate in (("same", 0.01), ("frozen", 1e-12)):
         trial(tiny, "LightGCN", pause=3, go_on=folders["before"], keep=folders[name], learning_rate=rate)
     weights = {
-        name: torch.load(folder / CHECKPOINT)["state_dict"]["user_embedding.weight"] for name, folder in folders.items()
+        name: read_checkpoint(folder / CHECKPOINT)["state_dict"]["user_embedding.weight"]
+        for name, folder in folders.items()
     }
     assert torch.allclose(weights["frozen"], weights["before"], atol=1e-9), "nothing moves any more"
     assert not torch.allclose(weights["same"], weights["before"], atol=1e-3)

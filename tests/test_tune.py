@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +23,7 @@ from filelock import FileLock
 from recbole_slifmr.cli import main
 from recbole_slifmr.cli.tune import parse_resources, parse_seconds
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
+from recbole_slifmr.files import write_json
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.search import tune as tuning
 from recbole_slifmr.search.plan import make_search
@@ -348,6 +351,27 @@ def test_a_killed_search_goes_on_and_gives_what_it_would_have_given(session, dat
         whole.trials[columns].sort_values("learning_rate", ignore_index=True),
         check_dtype=False,
     )
+
+
+@pytest.mark.parametrize("member", ["tuner.pkl", "../outside", "/outside"])
+def test_a_state_from_elsewhere_is_neither_unpacked_nor_unpickled(session, data, tmp_path, member):
+    search = plan_of(data, tmp_path / "out")
+    search.out.mkdir()
+    write_json(search.out / "search.json", search.identity())
+    with zipfile.ZipFile(search.state, "w") as archive:
+        archive.writestr(member, pickle.dumps(Attack()))
+    with pytest.raises(
+        SettingError, match=r"cannot be resumed, start anew with another --out: .* was not written by you"
+    ):
+        run_search(search, resume=True)
+    assert not list(tmp_path.rglob("outside")) and not list(tmp_path.rglob("*.pkl")) and not Path("attacked").exists()
+
+
+class Attack:
+    """What a file looks like that runs a command when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch attacked",)
 
 
 def test_a_search_is_not_mixed_with_another(searched, data):

@@ -21,7 +21,14 @@ from recbole_slifmr.cli import (
     train,
     tune,
 )
-from recbole_slifmr.errors import DataError, ProcessError, ReportError, SettingError, UnknownSettingWarning
+from recbole_slifmr.errors import (
+    DataError,
+    ProcessError,
+    ReportError,
+    SettingError,
+    StorageError,
+    UnknownSettingWarning,
+)
 
 FAILED, BAD_INPUT = 1, 2
 
@@ -55,7 +62,7 @@ def _invoke(command: click.Command, name: str, arguments: Sequence[str] | None) 
     except (DataError, SettingError, UnknownSettingWarning) as error:
         click.echo(f"error: {error}", err=True)
         return BAD_INPUT
-    except (ProcessError, ReportError) as error:
+    except (ProcessError, ReportError, StorageError) as error:
         click.echo("\n".join(getattr(error, "__notes__", ())), err=True, nl=False)
         click.echo(f"error: {error}", err=True)
         return FAILED

@@ -2,20 +2,19 @@
 
 Each repair is one function. It looks for the fault itself, never for a version number, and returns whether it
 changed anything: a RecBole or a library that does not need it is left alone. numpy only gains aliases that it
-lacks, torch only entries in its list of classes that checkpoints may hold; all else stays inside RecBole.
+lacks, torch is left alone; all else stays inside RecBole.
 Numbers such as #2034 are issues of RUCAIBox/RecBole.
 """
 
 from __future__ import annotations
 
+import ast
 import builtins
 import contextlib
 import copy
-import enum
 import functools
 import importlib
 import inspect
-import io
 import logging
 import os
 import pickle
@@ -29,19 +28,21 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-import yaml
 from recbole.config import Config
 from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader, NegSampleDataLoader
 from recbole.data.dataloader.knowledge_dataloader import KnowledgeBasedDataLoader
 from recbole.evaluator.collector import Collector, DataStruct
-from recbole.model import context_aware_recommender as context_aware
 from recbole.model import general_recommender as general
 from recbole.model import knowledge_aware_recommender as knowledge_aware
 from recbole.model import sequential_recommender as sequential
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.trainer import MKRTrainer, NCLTrainer, PretrainTrainer, Trainer
-from recbole.utils import enum_type, set_color
+from recbole.utils import set_color
+
+from recbole_slifmr.errors import StorageError
+from recbole_slifmr.host.seal import seal, unseal
+from recbole_slifmr.host.stored import read_stored
 
 REPAIRS: dict[str, Callable[[], bool]] = {}
 applied: set[str] = set()  # the repairs that were needed so far in this process
@@ -57,16 +58,6 @@ def apply(skip: Collection[str] = ()) -> list[str]:
     needed = [name for name, repair in REPAIRS.items() if name not in skip and repair()]
     applied.update(needed)
     return needed
-
-
-def allow_in_checkpoints(*classes: type) -> None:
-    """Let `torch.load` accept these classes in checkpoints, while it goes on refusing all others.
-
-    RecBole saves the settings with the weights, and these hold the class of the model and its enumerations.
-    A file may call an allowed class with any arguments: allow none whose constructor evaluates its own.
-    """
-    if hasattr(torch.serialization, "add_safe_globals"):  # from torch 2.4
-        torch.serialization.add_safe_globals(list(classes))
 
 
 def _repair(function: Callable[[], bool]) -> Callable[[], bool]:
@@ -236,12 +227,12 @@ def scatter_functions() -> bool:
         forward = module.Aggregator.forward
         repaired = forward.__globals__ is not vars(module)
         if _refers_to(forward, "torch_scatter") and not repaired and not _importable("torch_scatter"):
-            module.Aggregator.forward = _with_module(forward, "torch_scatter", stand_in)
+            module.Aggregator.forward = with_module(forward, "torch_scatter", stand_in)
             done = True
     return done
 
 
-def _with_module(function: Any, name: str, module: Any) -> Callable[..., Any]:
+def with_module(function: Any, name: str, module: Any) -> Callable[..., Any]:
     """Copy a function so that `import name` inside it yields `module`."""
 
     def find(wanted: str, *args: Any, **kwargs: Any) -> Any:
@@ -293,53 +284,116 @@ def _run_kmeans(self: Any, x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return centroids.to(self.device), torch.from_numpy(kmeans.labels_).long().to(self.device)
 
 
+class Module(types.ModuleType):
+    """Stands for a module where one of RecBole's names it, with some of its functions replaced."""
+
+    def __init__(self, module: types.ModuleType, **replaced: Any) -> None:
+        super().__init__(module.__name__)
+        self._module = module
+        vars(self).update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+# Modules that call `torch.load` (`quick_start` too; if it is loaded later, see `plugin.py`), unpickle or evaluate.
+READERS = (
+    "recbole.trainer.trainer",
+    *(f"recbole.model.general_recommender.{name}" for name in ("convncf", "nais", "neumf", "ract")),
+    "recbole.model.context_aware_recommender.kd_dagfm",
+    "recbole.model.sequential_recommender.s3rec",
+)
+PICKLES = (
+    ("recbole.data.utils", "pickle"),
+    ("recbole.data.dataset.dataset", "pickle"),
+    ("recbole.model.general_recommender.ldiffrec", "np"),
+)
+EVALUATE = (
+    "recbole.config.configurator",
+    "recbole.trainer.hyper_tuning",
+    "recbole.model.context_aware_recommender.kd_dagfm",
+)
+
+
 @_repair
 def checkpoint_loading() -> bool:
-    """Let `torch.load` read RecBole's checkpoints although it no longer reads any class.
+    """Let RecBole read its checkpoints, and pretrained models, as data.
 
-    `Trainer.evaluate`, `resume_checkpoint` (`trainer.py`) and `load_data_and_model` (`quick_start.py`) read
-    settings, numpy numbers and matrices with the weights, which torch refuses by default since 2.6 (#2215).
-    That default keeps a file from running code, so it stays, and the classes are listed. Not needed where
-    `torch.load` reads any class.
+    `Trainer.evaluate` and `resume_checkpoint` (`trainer.py`) read settings, numpy numbers and matrices with the
+    weights, which torch refuses by default since 2.6 (#2215); so do the models that start from another. To list these
+    classes for `torch.load` would let any file call them, in the whole process. So these modules get a reader of their
+    own (`stored.py`). Not needed once they do not call `torch.load`.
     """
-    probe = io.BytesIO()
-    torch.save(object(), probe)
-    probe.seek(0)
-    with contextlib.suppress(pickle.UnpicklingError):
-        torch.load(probe)
+    reading_data = Module(torch, load=read_stored)
+    done = any([_replace_in(name, "torch", torch, reading_data) for name in READERS])
+    for name in ("recbole.quick_start.quick_start", "recbole.quick_start"):  # if loaded: it imports Ray
+        if done and name in sys.modules:
+            module = vars(sys.modules[name])
+            module["load_data_and_model"] = with_module(module["load_data_and_model"], "torch", reading_data)
+    return done
+
+
+def _replace_in(name: str, attribute: str, module: types.ModuleType, stand_in: Module) -> bool:
+    """Replace a module where a module of RecBole names it; return whether it did."""
+    user = vars(importlib.import_module(name))
+    if user.get(attribute) is not module:
         return False
-    packages = (general, context_aware, sequential, knowledge_aware)
-    codes = "?O" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
-    wanted: list[Any] = [
-        *(_StoredConfig, yaml.FullLoader, *_classes(enum_type, enum.Enum)),
-        *(model for package in packages for model in _classes(package, AbstractRecommender)),
-        *(np.ndarray, np.matrix, np.ndarray(0).__reduce__()[0], np.float64(0).__reduce__()[0]),
-        *(np.dtype, *{type(np.dtype(code)) for code in codes}),
-        *(sp.coo_matrix, sp.csc_matrix, sp.csr_matrix, sp.lil_matrix),
-    ]
-    missing = [item for item in wanted if item not in torch.serialization.get_safe_globals()]
-    torch.serialization.add_safe_globals(missing)
+    user[attribute] = stand_in
+    return True
+
+
+@_repair
+def pickled_files() -> bool:
+    """Unpickle no file that came from elsewhere: saved data sets and loaders (`data/utils.py`), item vectors.
+
+    `create_dataset` and `load_split_dataloaders` unpickle what lies in the folder of the checkpoints, asked for or not;
+    LDiffRec (`ldiffrec.py`) lets numpy unpickle the `item_emb.npy` of a data set. A pickle may run anything. What this
+    user saved carries a seal (`seal.py`). Not needed once RecBole reads these without `pickle`.
+    """
+    modules = {
+        "pickle": (pickle, Module(pickle, dump=_dump, load=_load)),
+        "np": (np, Module(np, load=lambda file, **kwargs: np.load(file))),
+    }
+    return any([_replace_in(name, attribute, *modules[attribute]) for name, attribute in PICKLES])
+
+
+def _dump(content: Any, file: Any) -> None:
+    file.write(seal(pickle.dumps(content)))
+
+
+def _load(file: Any) -> Any:
+    return pickle.loads(unseal(file.read(), file.name))
+
+
+@_repair
+def evaluated_strings() -> bool:
+    """Read the strings among the settings as values, and evaluate none (`configurator.py`, `kd_dagfm.py`).
+
+    `Config` evaluates those of a dictionary and of the command line as Python, KD_DAGFM the name of its teacher,
+    `HyperTuning` the choices in a file; a setting may come from a file that somebody else wrote. Not needed once
+    nothing of RecBole calls `eval`.
+    """
+    missing = [name for name in EVALUATE if "eval" not in vars(importlib.import_module(name))]
+    for name in missing:
+        vars(sys.modules[name])["eval"] = _teacher if name.endswith("kd_dagfm") else _literal
     return bool(missing)
 
 
-class _StoredConfig(Config):
-    """Stands for `Config` while a checkpoint is read; what comes out is a plain `Config`.
-
-    `Config(...)` evaluates strings. Were `Config` itself allowed in checkpoints, a file could run any code.
-    """
-
-    __module__, __qualname__ = Config.__module__, Config.__qualname__  # the name that torch looks up
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise pickle.UnpicklingError("a checkpoint may hold a Config, but not build one")
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__class__ = Config
+def _literal(text: str) -> Any:
+    """Return the value that a string spells: a number, a truth value, a string, None, or a collection of these."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, MemoryError, RecursionError) as error:
+        raise SyntaxError(f"no value: {text}") from error  # which `Config` takes for a string
 
 
-def _classes(module: Any, base: type) -> list[type]:
-    return [kind for kind in vars(module).values() if inspect.isclass(kind) and issubclass(kind, base)]
+def _teacher(name: str) -> type:
+    """Return a network of `kd_dagfm.py` by its name."""
+    module = importlib.import_module("recbole.model.context_aware_recommender.kd_dagfm")
+    kind = vars(module).get(name)
+    if not (inspect.isclass(kind) and issubclass(kind, torch.nn.Module) and kind.__module__ == module.__name__):
+        raise ValueError(f"teacher: KD_DAGFM has no network {name!r}")
+    return kind
 
 
 @_repair
@@ -395,6 +449,18 @@ def _replacing(path: str) -> Iterator[str]:
         raise
 
 
+def _save(state: dict[str, Any], path: str) -> None:
+    """Save whole or not at all; raise a `StorageError` where there is no room."""
+    try:
+        with _replacing(path) as part:
+            torch.save(state, part, pickle_protocol=2)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # the writer of torch
+            raise
+        reason = str(error) if isinstance(error, OSError) else "the disk is full, or the folder cannot be written"
+        raise StorageError(f"checkpoint {path} cannot be saved: {reason}") from error
+
+
 def _save_pretrained_model(self: Any, epoch: int, saved_model_file: Any) -> None:
     """Save the state after an epoch of pretraining, as RecBole does."""
     path = os.fspath(saved_model_file)
@@ -405,8 +471,7 @@ def _save_pretrained_model(self: Any, epoch: int, saved_model_file: Any) -> None
         "optimizer": self.optimizer.state_dict(),
         "other_parameter": self.model.other_parameter(),
     }
-    with _replacing(path) as part:
-        torch.save(state, part, pickle_protocol=2)
+    _save(state, path)
     self.saved_model_file = saved_model_file
 
 
@@ -414,8 +479,7 @@ def _save_checkpoint(self: Any, epoch: int, verbose: bool = True, **kwargs: Any)
     """Save the state of the training; in a distributed run, the first process of each machine does, and all wait."""
     if self.config["single_spec"] or self.config["local_rank"] == 0:
         path = os.fspath(kwargs.pop("saved_model_file", self.saved_model_file))
-        with _replacing(path) as part:
-            torch.save(self._checkpoint_state(epoch), part, pickle_protocol=2)
+        _save(self._checkpoint_state(epoch), path)
         if verbose:
             self.logger.info(set_color("Saving current", "blue") + f": {path}")
     if not self.config["single_spec"]:

@@ -19,6 +19,7 @@ from recbole.config import Config
 from recbole.data.dataloader import KnowledgeBasedDataLoader
 
 from recbole_slifmr.training.callback import Callback
+from recbole_slifmr.training.checkpoint import read_checkpoint
 from recbole_slifmr.training.experiment import load_data, make_trainer, set_threads, start_log
 from recbole_slifmr.training.memory import peak_memory_mb
 from recbole_slifmr.training.trainer import SLIFMRTrainer
@@ -181,7 +182,7 @@ def run_trial(config: Config, split_seed: int, data: TrialData | None, folder: P
         trainer.callbacks.append(callback)
         if folder is not None and (folder / CHECKPOINT).is_file():
             file = folder / CHECKPOINT
-            state = torch.load(file, map_location="cpu")
+            state = read_checkpoint(file)
             if state["epoch"] + 1 >= trainer.epochs or state["cur_step"] > trainer.stopping_step:
                 return
             trainer.resume_checkpoint(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import logging
 import os
@@ -26,8 +27,9 @@ from ray import tune as ray_tune
 from ray.tune import schedulers
 from ray.tune.search.optuna import OptunaSearch
 
-from recbole_slifmr.errors import SettingError, one_line
+from recbole_slifmr.errors import DataError, SettingError, one_line
 from recbole_slifmr.files import replace_file, write_json
+from recbole_slifmr.host.seal import seal, unseal
 from recbole_slifmr.search import outcome
 from recbole_slifmr.search.outcome import Ended, Outcome
 from recbole_slifmr.search.plan import DATA, Search, make_search
@@ -65,6 +67,7 @@ def tune(model: str, dataset: str, **options: Any) -> Outcome:
     return run_search(make_search(model, dataset, **options), **running)
 
 
+STATE, PICKLES = "*state-*", ("*.pkl", "*/*.pkl")  # what Ray unpickles: its state; the search, the errors of trials
 _RUNNING = ("resume", "jobs", "resources", "address", "dashboard", "time_budget", "on_tick")
 
 
@@ -245,18 +248,30 @@ def _restore_state(search: Search) -> bool:
     """Put back the last whole state of an interrupted search; return False if it had none yet and starts anew.
 
     Ray copies its state file by file while it runs: a search that is killed may leave half a file, with which Ray
-    starts from the beginning.
+    starts from the beginning. And Ray unpickles it, which may run anything: what is put back carries a seal of this
+    user, and nothing else that Ray would unpickle stays.
+
+    Raises:
+        SettingError: if the state came from elsewhere.
     """
     if not search.state.is_file():
         shutil.rmtree(search.folder, ignore_errors=True)
         for file in search.reports.iterdir():
             file.unlink()
         return False
-    for file in search.folder.glob("*state-*"):
+    try:
+        content = unseal(search.state.read_bytes(), search.state)
+    except DataError as error:
+        raise SettingError(f"{search.out} cannot be resumed, start anew with another --out: {error}") from error
+    for file in _files(search.folder, STATE, *PICKLES):
         file.unlink()
-    with zipfile.ZipFile(search.state) as state:
+    with zipfile.ZipFile(io.BytesIO(content)) as state:
         state.extractall(search.folder)
     return True
+
+
+def _files(folder: Path, *patterns: str) -> list[Path]:
+    return [file for pattern in patterns for file in folder.glob(pattern) if file.is_file()]
 
 
 def _trainable(
@@ -387,15 +402,19 @@ class _Watch(ray_tune.Callback):
 
     def _keep_state(self, trials: list[Any]) -> None:
         folder = Path(trials[0].storage.experiment_driver_staging_path)
-        files = [file for file in folder.glob("*state-*") if file.is_file()]
+        files = _files(folder, STATE)
         saved = max((file.stat().st_mtime for file in files), default=self.saved)
         if saved == self.saved:
             return
 
         def write(part: Path) -> None:
-            with zipfile.ZipFile(part, "w") as archive:
+            content = io.BytesIO()
+            with zipfile.ZipFile(content, "w") as archive:
                 for file in files:
                     archive.write(file, file.name)
+                for file in _files(self.search.folder, *PICKLES):
+                    archive.write(file, file.relative_to(self.search.folder))
+            part.write_bytes(seal(content.getvalue()))
 
         replace_file(self.search.state, write)
         _Watch.saved = saved

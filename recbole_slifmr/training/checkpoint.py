@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,28 +12,26 @@ import torch
 from recbole.config import Config
 
 from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.host.stored import read_stored
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; a file that asks for more than data is refused before anything of it runs.
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint; a file that asks for more than data is refused before anything of it runs.
+
+    Args:
+        path: the file.
+        map_location: where its tensors go, as in ``torch.load``.
 
     Raises:
         SettingError: if the file is missing, damaged or no checkpoint.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise SettingError(f"checkpoint {path} not found")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch says of a file it then refuses
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file makes torch raise
-        raise SettingError(f"{path} cannot be read as a checkpoint: {_reason(path, error)}") from error
+    state = read_stored(path, map_location)
     config = state.get("config") if isinstance(state, dict) else None
     settings = vars(config).get("final_config_dict") if isinstance(config, Config) else None
     if not isinstance(settings, dict) or not isinstance(state.get("state_dict"), Mapping):
         raise SettingError(f"{path} is no checkpoint of a model: it lacks settings or parameters")
-    if not all(isinstance(settings.get(name), str) for name in ("model", "dataset", "data_path")):
+    named = all(isinstance(settings.get(name), str) for name in ("model", "dataset", "data_path"))
+    if not named or not settings["model"].isidentifier():
         raise SettingError(f"{path} is no checkpoint of a model: its settings name no model or data set")
     record = state.get("data") or {"hashes": {}, "split_seed": 0}
     known = isinstance(record, dict) and isinstance(record.get("hashes"), dict)
@@ -45,15 +40,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def _reason(path: Path, error: Exception) -> str:
-    """Say in one line why torch refused a file."""
-    if isinstance(error, PermissionError):
-        return str(error.strerror)
-    if refused := re.search(r"GLOBAL (\S+)", str(error)):
-        return f"it asks for {refused[1]}, which no checkpoint needs; nothing of it was run"
-    if zipfile.is_zipfile(path) and "Unsupported operand" in str(error):
-        return "it is pickled in a way that torch does not read safely, as RecBole without this package does"
-    return "it is damaged, cut short or no file of torch's"
+def check_optimizer(path: str | Path, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimiser whose state, from a checkpoint, is not in the shapes of the parameters.
+
+    The fused optimisers write into it without looking.
+
+    Raises:
+        SettingError: naming the checkpoint.
+    """
+    for parameter, state in optimizer.state.items():
+        tensors = (value for value in state.values() if isinstance(value, torch.Tensor))
+        if any(value.numel() != 1 and value.shape != parameter.shape for value in tensors):
+            raise SettingError(f"{path} holds the state of an optimiser for parameters of other shapes")
 
 
 def data_record(dataset: Any, split_seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from recbole.utils import ModelType, get_model, get_trainer, init_logger, init_s
 
 from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
 from recbole_slifmr.host.settings import bad_input, make_config
-from recbole_slifmr.training.checkpoint import check_data, data_record, read_checkpoint
+from recbole_slifmr.training.checkpoint import check_data, check_optimizer, data_record, read_checkpoint
 from recbole_slifmr.training.distributed import launch, stay_on_this_machine
 from recbole_slifmr.training.evaluation import evaluate, mask_training_items_only
 from recbole_slifmr.training.fingerprint import fingerprint, input_fingerprints
@@ -122,6 +123,7 @@ def run(
         DataError: for data that cannot be used.
     """
     config = make_config(model, dataset, config_files, settings)
+    _check_wandb(config)
     set_threads(config)
     log_file = start_log(config)
     getLogger().info(config)
@@ -248,6 +250,12 @@ def set_threads(config: Config) -> None:
     torch.set_num_threads(threads)
 
 
+def _check_wandb(config: Config) -> None:
+    """Refuse to log to Weights & Biases without its package, before the data are read."""
+    if config["log_wandb"] and importlib.util.find_spec("wandb") is None:
+        raise SettingError("log_wandb: wandb is not installed: pip install wandb, or leave log_wandb out")
+
+
 def _resume(prepared: Prepared, checkpoint: Path) -> None:
     state, own = read_checkpoint(checkpoint), prepared.config["model"]
     if state["config"]["model"] != own:
@@ -255,6 +263,7 @@ def _resume(prepared: Prepared, checkpoint: Path) -> None:
     check_data(checkpoint, state, prepared.train_data._dataset)
     try:
         prepared.trainer.resume_checkpoint(checkpoint)
+        check_optimizer(checkpoint, prepared.trainer.optimizer)
     except SettingError:
         raise
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:

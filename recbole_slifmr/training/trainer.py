@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from recbole.trainer import Trainer
 from recbole.utils import set_color
 
 from recbole_slifmr.errors import SettingError
+from recbole_slifmr.files import replace_file
 from recbole_slifmr.training.callback import (
     Callback,
     DiagnosticsCallback,
@@ -19,6 +22,7 @@ from recbole_slifmr.training.callback import (
     SelfLoopCallback,
     load_callback,
 )
+from recbole_slifmr.training.checkpoint import check_optimizer, read_checkpoint
 from recbole_slifmr.training.memory import keep_freed_memory
 
 
@@ -130,15 +134,16 @@ class SLIFMRTrainer(Trainer):
             resume_file: path of a checkpoint that this trainer saved; it is only read.
 
         Raises:
-            SettingError: if it has all the epochs already.
+            SettingError: if it has all the epochs already, or its optimiser is of another model.
         """
         own_file: str = self.saved_model_file  # type: ignore[has-type]
         super().resume_checkpoint(resume_file)
+        check_optimizer(resume_file, self.optimizer)
         self.saved_model_file = own_file  # the file resumed from stays as it is
         if self.start_epoch >= self.epochs:
             raise SettingError(f"{resume_file} has its {self.start_epoch} epochs: set epochs to more to go on")
-        shutil.copyfile(resume_file, own_file)
-        state = torch.load(resume_file, map_location="cpu")
+        replace_file(Path(own_file), functools.partial(shutil.copyfile, resume_file))
+        state = read_checkpoint(resume_file)
         self.best_valid_result = state.get("best_valid_result")
         saved = [tuple(entry) for entry in state.get("callbacks", ())]
         for callback in self.callbacks:

@@ -12,6 +12,7 @@ each user's training interactions, drawn at random, becomes one.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from recbole_slifmr.errors import DataError
 
 Track = Callable[[Iterable[int], str], Iterable[int]]
 ROWS = 1 << 18  # written at a time
+MOST_PACKED = 100  # times smaller than its content that an archive may be; of triples it is about 4
 NAME = r"^(?P<name>.+?)\s+(?P<number>\d{1,17})\s*$"
 ITEM_NAME = r"^(?P<name>.+?)\s+(?P<number>\d{1,17})\s+\S+\s*$"
 
@@ -179,14 +181,34 @@ def _open_triples(source: Path, open_file: Open) -> Iterator[tuple[Path, np.ndar
         return
     try:
         with open_file(archive) as file, zipfile.ZipFile(file) as members:
-            names = [name for name in members.namelist() if Path(name).name == "kg_final.txt"]
-            if not names:
-                raise DataError(f"{archive} holds no kg_final.txt: put it there or beside it")
-            path = archive / names[0]
-            with members.open(names[0]) as member:
-                yield from ((path, *block) for block in read_numbers(path, member))  # type: ignore[arg-type]
-    except zipfile.BadZipFile as error:
+            member = _find_member(archive, members)
+            path = archive / member.filename
+            with members.open(member) as lines:
+                yield from ((path, *block) for block in read_numbers(path, lines))  # type: ignore[arg-type]
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last if it is encrypted
         raise DataError(f"{archive} cannot be unpacked: {error}") from None
+
+
+def _find_member(archive: Path, members: zipfile.ZipFile) -> zipfile.ZipInfo:
+    """Return the one kg_final.txt of an archive.
+
+    Raises:
+        DataError: if there is not just one, a name leads out of the archive, or it unpacks to far more than triples do.
+    """
+    infos = members.infolist()
+    outside = [info.filename for info in infos if info.filename[:1] in "/\\" or ".." in Path(info.filename).parts]
+    if outside:
+        raise DataError(f"{archive} names a file outside itself, {outside[0]!r}: unpack kg_final.txt beside it by hand")
+    found = [info for info in infos if Path(info.filename).name == "kg_final.txt"]
+    if len(found) != 1:
+        count = f"{len(found)} files kg_final.txt" if found else "no kg_final.txt"
+        raise DataError(f"{archive} holds {count}: put just one there or beside it")
+    if found[0].file_size > MOST_PACKED * max(found[0].compress_size, 1):
+        raise DataError(
+            f"{archive} would unpack to {found[0].file_size:,} bytes, more than {MOST_PACKED} times its own size, as "
+            "no list of triples does: unpack kg_final.txt beside it by hand"
+        )
+    return found[0]
 
 
 def _read_triples(source: Path, open_file: Open, atomic: AtomicFolder) -> tuple[Path, pd.DataFrame]:

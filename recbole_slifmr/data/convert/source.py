@@ -21,6 +21,7 @@ from recbole_slifmr.errors import DataError
 
 Open = Callable[[Path], BinaryIO]
 BLOCK = 1 << 24  # bytes
+LONGEST_LINE = 1 << 26  # bytes
 SEPARATORS = {"\t": "\\t", ",": ",", ";": ";", "|": "|"}
 
 
@@ -205,6 +206,10 @@ def read_numbers(path: Path, lines: BinaryIO) -> Iterator[tuple[np.ndarray, np.n
         block = lines.read(BLOCK)
         text, newline, after = (rest + block).rpartition(b"\n") if block else (rest, b"", b"")
         rest = after
+        if len(rest) > LONGEST_LINE:
+            raise DataError(
+                f"{path}, line {n_lines + 1}: longer than {LONGEST_LINE:,} bytes, which no line of items is"
+            )
         if text:
             characters = np.frombuffer(text, np.uint8)
             digit = (characters >= ord("0")) & (characters <= ord("9"))
