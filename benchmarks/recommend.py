@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from benchmarks.measure import peak_memory
+from recbole_slifmr.data.history import History
 from recbole_slifmr.serve.recommend import FORMATS, rank_items, table, write_tables
-from recbole_slifmr.serve.trained import History
 
 
 @click.command()

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recbole_slifmr.data.history import History
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.slifmr import SLIFMR
 from recbole_slifmr.nn.encoder import filter_by_degree
 from recbole_slifmr.nn.layers import unit
 from recbole_slifmr.serve.recommend import Ranking
-from recbole_slifmr.serve.trained import History, Trained
+from recbole_slifmr.serve.trained import Trained
 
 SHOWN = 5  # neighbours, entities, and items per entity
 

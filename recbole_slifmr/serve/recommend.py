@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recbole_slifmr.data.history import History
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.files import replace_file
-from recbole_slifmr.serve.trained import History, Trained
+from recbole_slifmr.serve.trained import Trained
 
 FORMATS = ("csv", "jsonl", "parquet")
 SCORES_AT_ONCE = 2**24  # 64 MB in single precision

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import recbole
@@ -19,6 +19,7 @@ from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import get_model, init_seed
 from torch import Tensor
 
+from recbole_slifmr.data.history import History
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.host.settings import bad_input, model_names
 from recbole_slifmr.model.slifmr import SLIFMR
@@ -28,35 +29,6 @@ from recbole_slifmr.training.experiment import set_threads
 
 NAMED = 5  # unknown tokens that an error names
 CHECKED = 64  # users whose scores are compared with inner products
-
-
-class History(NamedTuple):
-    """The items that each user interacted with.
-
-    Attributes:
-        bounds: user u has ``items[bounds[u]:bounds[u + 1]]``, ``[n_users + 1]``.
-        items: item ids, each once per user, ascending.
-    """
-
-    bounds: np.ndarray
-    items: np.ndarray
-
-    @classmethod
-    def of(cls, users: np.ndarray, items: np.ndarray, n_users: int, n_items: int) -> History:
-        """Build from the user and the item of each interaction, ``[E]`` each."""
-        pairs = np.unique(users.astype(np.int64) * n_items + items)
-        return cls(np.searchsorted(pairs, np.arange(n_users + 1) * n_items), pairs % n_items)
-
-    def of_user(self, user: int) -> np.ndarray:
-        """Return the items of a user."""
-        return self.items[self.bounds[user] : self.bounds[user + 1]]
-
-    def cells(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return row and column of each interaction in the matrix whose rows are ``users [n]``."""
-        start, count = self.bounds[users], self.bounds[users + 1] - self.bounds[users]
-        rows = np.repeat(np.arange(len(users)), count)
-        offset = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
-        return rows, self.items[np.repeat(start, count) + offset]
 
 
 @dataclass(frozen=True)
