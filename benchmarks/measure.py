@@ -17,13 +17,14 @@ from typing import Any
 import psutil
 import torch
 from recbole.data import create_dataset, data_preparation
-from recbole.data.dataloader import FullSortEvalDataLoader, KnowledgeBasedDataLoader
+from recbole.data.dataloader import KnowledgeBasedDataLoader
 from recbole.data.utils import get_dataloader
 from recbole.trainer import KGATTrainer
 from recbole.utils import KGDataLoaderState, get_model, get_trainer, init_seed
 
 from benchmarks import floor
 from recbole_slifmr.host.settings import bad_input, make_config
+from recbole_slifmr.training.ranking import BlockLoader, with_ranking
 
 STEP_PHASES = ("sampling", "forward", "backward", "optimiser")
 WARM_UP = 3
@@ -133,7 +134,7 @@ def _measure(job: Job) -> dict[str, Any]:
         phases["data"], dataset = clock.time(lambda: create_dataset(config))
         phases["loaders"], (train, valid, _) = clock.time(lambda: data_preparation(config, dataset))
     phases["graph"], model = clock.time(lambda: model_class(config, train._dataset).to(config["device"]))
-    trainer = get_trainer(config["MODEL_TYPE"], job.model)(config, model)
+    trainer = with_ranking(get_trainer(config["MODEL_TYPE"], job.model))(config, model)
 
     epoch = _train(trainer, train, clock, job.steps)
     phases.update(epoch.phases)
@@ -276,11 +277,11 @@ def _end_epoch(model: Any, clock: Clock) -> tuple[float | None, float | None]:
 # -- evaluation -------------------------------------------------------------------------------------------------------
 
 
-class _FirstBatches(FullSortEvalDataLoader):
+class _FirstBatches(BlockLoader):
     """The first batches of a full-ranking loader."""
 
     def __init__(self, loader: Any, n_batches: int) -> None:
-        self.__dict__.update(loader.__dict__, _n_batches=n_batches)
+        self.__dict__.update(BlockLoader.of(loader).__dict__, _n_batches=n_batches)
 
     def __iter__(self) -> Iterator[Any]:
         return islice(super().__iter__(), self._n_batches)
@@ -289,17 +290,22 @@ class _FirstBatches(FullSortEvalDataLoader):
         return self._n_batches
 
 
+def forget_embeddings(model: Any) -> None:
+    """Leave a model as a training step leaves it: without cached final embeddings."""
+    model.train()
+    if hasattr(model, "clear_cache"):
+        model.clear_cache()
+    for name in ("restore_user_e", "restore_item_e", "restore_entity_e"):  # RecBole's caches
+        if hasattr(model, name):
+            setattr(model, name, None)
+
+
 def _evaluate(trainer: Any, valid: Any, clock: Clock, n_batches: int) -> tuple[float, bool]:
     """Return the seconds of ``trainer.evaluate`` on a split, and whether they are scaled up from fewer batches.
 
     The first batch, which computes the final embeddings, is timed apart.
     """
-    trainer.model.train()
-    if hasattr(trainer.model, "clear_cache"):
-        trainer.model.clear_cache()
-    for name in ("restore_user_e", "restore_item_e", "restore_entity_e"):  # RecBole's caches
-        if hasattr(trainer.model, name):
-            setattr(trainer.model, name, None)
+    forget_embeddings(trainer.model)
     if len(valid) <= n_batches:
         return clock.time(lambda: trainer.evaluate(valid, load_best_model=False))[0], False
     first, _ = clock.time(lambda: trainer.evaluate(_FirstBatches(valid, 1), load_best_model=False))

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import recbole.data.dataset
 import recbole.model.general_recommender
 import recbole.model.knowledge_aware_recommender
+import torch
 import yaml
 from recbole.config import Config
 from recbole.model.abstract_recommender import AbstractRecommender
@@ -35,6 +37,7 @@ from recbole_slifmr.paths import PROPERTIES, find_data_path
 NUMBERS = ("epochs", "train_batch_size", "eval_batch_size", "learning_rate", "eval_step", "stopping_step", "seed",
            "weight_decay", "loss_decimal_place", "metric_decimal_place", "cold_items")  # fmt: skip
 PAIRS_PER_BATCH = 65_536  # of a model that scores (user, item) pairs one by one
+SCORES_ON_GPU = 2**26
 # Settings that RecBole reads by other means than config["..."], or that only its own command line knows.
 _COMMAND_SETTINGS = ("model", "dataset", "config_files", "nproc", "ip", "port", "world_size", "group_offset")
 
@@ -224,8 +227,19 @@ def _complete(config: Config) -> None:
             settings["valid_metric"] = f"{name}{at}{max(cutoffs)}"
     mode = settings["eval_args"].get("mode", "full") if isinstance(settings["eval_args"], dict) else "full"
     scores_all_items = config.model_class.full_sort_predict is not AbstractRecommender.full_sort_predict
-    if "eval_batch_size" not in given and not (scores_all_items and set(_values(mode)) == {"full"}):
-        settings["eval_batch_size"] = PAIRS_PER_BATCH
+    if "eval_batch_size" not in given:
+        whole = scores_all_items and set(_values(mode)) == {"full"}
+        settings["eval_batch_size"] = _scores_per_block(settings) if whole else PAIRS_PER_BATCH
+
+
+def _scores_per_block(settings: Mapping[str, Any]) -> int:
+    """Return how many scores a block of users has: less where memory is short, more on a GPU, which works in parallel.
+
+    Ranking takes up to 16 bytes per score, of which a thirty-second part of the memory at hand may be used.
+    """
+    if settings["use_gpu"] and torch.cuda.is_available():
+        return SCORES_ON_GPU
+    return min(settings["eval_batch_size"], max(psutil.virtual_memory().available // (32 * 16), PAIRS_PER_BATCH))
 
 
 def _values(mode: Any) -> list[Any]:

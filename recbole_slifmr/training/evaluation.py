@@ -12,17 +12,19 @@ With ``cold_items`` the items with and without training interactions are two mor
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from logging import getLogger
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from recbole.evaluator.base_metric import TopkMetric
 from torch import Tensor
 
 from recbole_slifmr.data.cold import can_score_cold, is_cold
+from recbole_slifmr.data.history import History
+from recbole_slifmr.training.metrics import replace_loops
+from recbole_slifmr.training.ranking import AMONG, BlockLoader, TopkCollector
 
 ITEM_GROUPS = {"head": 0.2, "middle": 0.5, "tail": 1.0}  # up to this share of the items, by falling popularity
 USER_GROUPS = {"active": 1 / 3, "average": 2 / 3, "quiet": 1.0}  # likewise of the users, by falling activity
@@ -40,6 +42,11 @@ class Evaluation(NamedTuple):
     metrics: dict[str, float]
     per_user: pd.DataFrame
 
+    @property
+    def n_users(self) -> int:
+        """How many users were scored: those with held-out items."""
+        return len(self.per_user)
+
 
 def mask_training_items_only(test_data: Any, train_data: Any) -> None:
     """Let validation items be recommended at test time, as MMRec does; RecBole leaves them out.
@@ -48,14 +55,20 @@ def mask_training_items_only(test_data: Any, train_data: Any) -> None:
         test_data: RecBole's full-ranking loader of the test split, changed in place.
         train_data: the loader of the training split.
     """
-    users = train_data._dataset.inter_feat[test_data.uid_field].numpy()
-    items = train_data._dataset.inter_feat[test_data.iid_field].numpy()
-    order = np.argsort(users, kind="stable")
-    bounds = np.searchsorted(users[order], np.arange(len(test_data.uid2history_item) + 1))
-    items = items[order]
-    for user in test_data.uid_list.tolist():
-        seen = np.setdiff1d(items[bounds[user] : bounds[user + 1]], test_data.uid2positive_item[user].numpy())
-        test_data.uid2history_item[user] = torch.from_numpy(seen)
+    train, n_items = train_data._dataset, train_data._dataset.item_num
+    users, items = (train.inter_feat[field].numpy() for field in (test_data.uid_field, test_data.iid_field))
+    scored = test_data.uid_list.numpy()
+    rows, held_out = BlockLoader.of(test_data).held_out.cells(np.arange(len(scored)))
+    seen = np.setdiff1d(users.astype(np.int64) * n_items + items, scored[rows] * n_items + held_out)
+    history = History.of(seen // n_items, seen % n_items, train.user_num, n_items)
+    test_data.uid2history_item = test_data.uid2history_item.copy()
+    test_data.uid2history_item[scored] = _as_objects(history.rows())[scored]
+
+
+def _as_objects(rows: Sequence[Tensor]) -> np.ndarray:
+    objects = np.empty(len(rows), dtype=object)
+    objects[:] = rows
+    return objects
 
 
 def evaluate(trainer: Any, data: Any, train_data: Any, checkpoint: str | None = None) -> Evaluation:
@@ -70,44 +83,30 @@ def evaluate(trainer: Any, data: Any, train_data: Any, checkpoint: str | None = 
     Returns:
         metrics and the table of users.
     """
-    captured: dict[str, Any] = {}
-    dataset = train_data._dataset
+    dataset, topk = train_data._dataset, trainer.config["topk"]
     cold = is_cold(dataset) if trainer.config["cold_items"] else None
-    among: list[tuple[Tensor, Tensor]] = []
-    collector = trainer.eval_collector
-    original, need = collector.get_data_struct, collector.register.need
-    collect = collector.eval_batch_collect
-
-    def get_data_struct() -> Any:
-        captured["struct"] = original()
-        return captured["struct"]
-
-    def eval_batch_collect(scores: Tensor, batch: Any, users: Tensor, items: Tensor) -> None:
-        collect(scores, batch, users, items)
-        if cold is not None:
-            among.append(_hits_among(cold.nonzero().squeeze(1), scores, users, items, max(trainer.config["topk"])))
-
-    collector.get_data_struct, collector.eval_batch_collect = get_data_struct, eval_batch_collect
-    collector.register.need = lambda key: key in ("rec.items", "rec.topk") or need(key)
+    collector = TopkCollector.of(trainer)
+    replace_loops(trainer.evaluator)
+    collector.candidates = None if cold is None else cold.nonzero().squeeze(1)
+    loader = BlockLoader.of(data)
     try:
-        metrics = trainer.evaluate(data, load_best_model=True, model_file=checkpoint, show_progress=False)
+        metrics = trainer.evaluate(loader, load_best_model=True, model_file=checkpoint, show_progress=False)
     finally:
-        collector.get_data_struct, collector.register.need = original, need
-        collector.eval_batch_collect = collect
-    struct = captured["struct"]
-    users = data.uid_list.numpy()
+        collector.candidates = None
+    struct = collector.latest
+    users = loader.uid_list.numpy()
     per_user = _per_user(trainer, struct)
     per_user.insert(0, "user", dataset.field2id_token[dataset.uid_field][users])
-    ranked, hits = struct.get("rec.items").numpy(), struct.get("rec.topk").numpy()[:, :-1].astype(bool)
-    topk = trainer.config["topk"]
+    items, hits = struct.get("rec.items").numpy(), struct.get("rec.topk").numpy()[:, :-1].astype(bool)
+    held_out = loader.held_out.cells(np.arange(len(users)))
     groups = {
-        **_by_item_group(ranked, hits, data, item_groups(dataset), ITEM_GROUPS, topk),
+        **_by_item_group(items, hits, held_out, item_groups(dataset), ITEM_GROUPS, topk),
         **_by_user_group(per_user, users, dataset),
     }
     if cold is not None:
-        groups |= _by_item_group(ranked, hits, data, cold.numpy(), ("warm", "cold"), topk)
-        found, wanted = (torch.cat(batches).numpy() for batches in zip(*among, strict=True))
-        groups |= _scores(found, wanted, topk, "among_cold")
+        groups |= _by_item_group(items, hits, held_out, cold.numpy(), ("warm", "cold"), topk)
+        among = struct.get(AMONG).numpy()
+        groups |= _scores(among[:, :-1].astype(bool), among[:, -1], topk, "among_cold")
         possible, reason = can_score_cold(trainer.config)
         if not possible:
             getLogger().warning(f"{reason}: no scores of cold items")
@@ -141,35 +140,29 @@ def item_groups(dataset: Any) -> np.ndarray:
 
 
 def _by_item_group(
-    ranked: np.ndarray, hits: np.ndarray, data: Any, group: np.ndarray, names: Iterable[str], topk: list[int]
+    items: np.ndarray,
+    hits: np.ndarray,
+    held_out: tuple[np.ndarray, np.ndarray],
+    group: np.ndarray,
+    names: Iterable[str],
+    topk: list[int],
 ) -> dict[str, float]:
-    positives = [group[data.uid2positive_item[user].numpy()] for user in data.uid_list.tolist()]
-    scores = {}
-    for number, name in enumerate(names):
-        n_positive = np.array([(row == number).sum() for row in positives])
-        scores.update(_scores(hits & (group[ranked] == number), n_positive, topk, name))
-    return scores
-
-
-def _hits_among(candidates: Tensor, scores: Tensor, users: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Rank the candidates alone.
+    """Return the scores of each group of items.
 
     Args:
-        candidates: item ids, ``[C]``.
-        scores: of all items, ``[B, n_items]``.
-        users: row of each held-out item, ``[P]``.
-        items: id of each held-out item, ``[P]``.
-        k: length of the list.
-
-    Returns:
-        which places of the list are hits, ``[B, min(k, C)]`` bool, and how many candidates are held out, ``[B]``.
+        items: of each list, ``[B, K]``.
+        hits: which of them are held out, ``[B, K]``.
+        held_out: row and id of each held-out item, ``[P]`` each.
+        group: number of the group of every item, ``[n_items]``.
+        names: of the groups, in the order of their numbers.
+        topk: cut-offs.
     """
-    held_out = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    held_out[users, items] = True
-    candidates = candidates.to(scores.device)
-    held_out = held_out[:, candidates]
-    first = scores[:, candidates].topk(min(k, len(candidates)), dim=1).indices
-    return held_out.gather(1, first).cpu(), held_out.sum(1).cpu()
+    rows, wanted = held_out
+    scores = {}
+    for number, name in enumerate(names):
+        n_held_out = np.bincount(rows[group[wanted] == number], minlength=len(items))
+        scores.update(_scores(hits & (group[items] == number), n_held_out, topk, name))
+    return scores
 
 
 def _scores(hits: np.ndarray, n_positive: np.ndarray, topk: list[int], name: str) -> dict[str, float]:

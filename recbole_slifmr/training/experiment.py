@@ -25,6 +25,7 @@ from recbole_slifmr.training.checkpoint import check_data, check_optimizer, data
 from recbole_slifmr.training.distributed import launch, stay_on_this_machine
 from recbole_slifmr.training.evaluation import evaluate, mask_training_items_only
 from recbole_slifmr.training.fingerprint import fingerprint, input_fingerprints
+from recbole_slifmr.training.ranking import with_ranking
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Result:
             last of all.
         n_epochs: epochs trained in this run.
         seconds: of training and validation.
+        validation_seconds: those of validation among them; 0 for a model that RecBole's ``Trainer`` does not train.
         n_parameters: trainable parameters.
         fingerprints: hash of each split; see :func:`~recbole_slifmr.training.fingerprint.fingerprint`.
         inputs: hash of the knowledge graph and of the features of each modality, as far as the model reads them.
@@ -68,6 +70,7 @@ class Result:
     fingerprints: dict[str, str]
     inputs: dict[str, str]
     traces: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    validation_seconds: float = 0.0
     per_user: pd.DataFrame | None = field(repr=False, default=None)
 
 
@@ -180,6 +183,7 @@ def run(
         fingerprints=prepared.fingerprints(),
         inputs=prepared.inputs(),
         traces={c.trace: c.history for c in getattr(trainer, "callbacks", ()) if getattr(c, "trace", None) is not None},
+        validation_seconds=getattr(trainer, "validation_seconds", 0.0),
         per_user=per_user,
     )
 
@@ -215,7 +219,7 @@ def load_data(config: Config, split_seed: int | None = None) -> tuple[Any, Any, 
         return data_preparation(config, data)
 
 
-def make_trainer(config: Config, train_data: Any, adapt: Callable[[type], type] = lambda kind: kind) -> Any:
+def make_trainer(config: Config, train_data: Any, adapt: Callable[[type], type] = with_ranking) -> Any:
     """Build model and trainer.
 
     Args:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from recbole.trainer import Trainer
 from recbole.utils import set_color
 
 from recbole_slifmr.errors import SettingError
@@ -24,6 +23,7 @@ from recbole_slifmr.training.callback import (
 )
 from recbole_slifmr.training.checkpoint import check_optimizer, read_checkpoint
 from recbole_slifmr.training.memory import keep_freed_memory
+from recbole_slifmr.training.ranking import RankingTrainer
 
 
 def make_callbacks(config: Any, model: Any) -> list[Callback]:
@@ -36,8 +36,8 @@ def make_callbacks(config: Any, model: Any) -> list[Callback]:
     return callbacks + [load_callback(path) for path in config["callbacks"] or []]
 
 
-class SLIFMRTrainer(Trainer):
-    """RecBole's trainer with callbacks (``callback.py``).
+class SLIFMRTrainer(RankingTrainer):
+    """RecBole's trainer with callbacks (``callback.py``) and the ranker of this package (``ranking.py``).
 
     They run after each training epoch, before validation and saving, so that a graph they refresh is the one that is
     validated and saved. A checkpoint also holds the callbacks' state and the random states, so that a resumed run gives
@@ -53,10 +53,11 @@ class SLIFMRTrainer(Trainer):
         self.callbacks = make_callbacks(config, model)
         self._train_data: Any = None
         self._epoch = 0
-        self._latest_result: dict[str, float] | None = None
         self._resumed: dict[str, Any] | None = None
 
-    def fit(self, train_data: Any, valid_data: Any = None, **kwargs: Any) -> tuple[float, dict[str, float] | None]:
+    def fit(
+        self, train_data: Any, valid_data: Any = None, *, saved: bool = True, **kwargs: Any
+    ) -> tuple[float, dict[str, float] | None]:
         """Train as RecBole's ``Trainer.fit`` does, with the callbacks."""
         self._train_data = train_data
         if self.device.type == "cpu":
@@ -65,7 +66,7 @@ class SLIFMRTrainer(Trainer):
             self._restore_random_states(self._resumed)
         for callback in self.callbacks:
             callback.on_train_start(self)
-        result = super().fit(train_data, valid_data, **kwargs)
+        result = super().fit(train_data, valid_data, saved=saved, **kwargs)
         for callback in self.callbacks:
             callback.on_fit_end(self)
         return result
@@ -92,7 +93,6 @@ class SLIFMRTrainer(Trainer):
 
     def _valid_epoch(self, valid_data: Any, *args: Any, **kwargs: Any) -> tuple[float, dict[str, float]]:
         score, result = super()._valid_epoch(valid_data, *args, **kwargs)
-        self._latest_result = result
         for callback in self.callbacks:
             callback.on_valid_end(self, self._epoch, score, result)
         return score, result
@@ -122,7 +122,7 @@ class SLIFMRTrainer(Trainer):
     def _checkpoint_state(self, epoch: int) -> dict[str, Any]:
         return {
             **super()._checkpoint_state(epoch),
-            "best_valid_result": dict(self._latest_result or {}),
+            "best_valid_result": dict(self.best_result() or {}),
             "callbacks": [[type(callback).__qualname__, callback.state_dict()] for callback in self.callbacks],
             "random_states": self._random_states(),
         }
