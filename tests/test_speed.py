@@ -1,14 +1,19 @@
 """The benchmark harness: what it generates and the structure of what it reports; never how long anything takes."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from benchmarks import quality, run, synthetic
+from benchmarks import evaluate, gpu, quality, run, synthetic
 from benchmarks.measure import Job
 from benchmarks.synthetic import PRESETS, Counts
 
@@ -277,3 +282,76 @@ def test_the_target_is_the_best_score_of_the_first_model():
     assert (rows["A"]["target_epoch"], rows["A"]["target_seconds"]) == (1, 2.0)
     assert (rows["B"]["target_epoch"], rows["B"]["target_seconds"], rows["B"]["best"]) == (1, 9.0, 0.4)
     assert rows["C"]["target_seconds"] is None and rows["B"]["seconds_per_epoch"] == 4.5
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_gpu_script_does_a_little_of_everything_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "run_part", lambda part, left: gpu.KINDS[part.kind](**part.arguments))
+    monkeypatch.setattr(gpu, "OUTPUT", tmp_path)
+    monkeypatch.setattr(gpu, "TESTS", ("", "test_loss.py"))
+    outcome = CliRunner().invoke(gpu.main, ["--smoke", "--out", str(tmp_path)])
+    assert outcome.exit_code == 0, outcome.output
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(report["parts"]) == ["tests", "agreement", "tiny, LightGCN", "tiny, SLIFMR"]
+    assert report["parts"]["tests"]["passed"] and "passed" in report["parts"]["tests"]["summary"]
+    agreement = report["parts"]["agreement"]
+    assert agreement["passed"] and set(agreement["models"]) == {"LightGCN", "SLIFMR"}
+    for shares in (
+        gpu.shares(report["parts"][f"tiny, {model}"], report["bandwidth"]) for model in ("LightGCN", "SLIFMR")
+    ):
+        assert all(0 < share < 1 for share in shares)
+    table = (tmp_path / "gpu.md").read_text()
+    assert "| tiny | LightGCN |" in table and "* agreement: agree with the CPU" in table
+
+
+def test_parts_of_the_gpu_script_keep_their_time_and_say_how_they_failed(tmp_path):
+    job = {"preset": "nowhere", "model": "BPR", "data_path": str(tmp_path)}
+    failed = gpu.run_part(gpu.Part("x", "timing", job, 60), 60)
+    assert "data set 'nowhere' not found" in failed["error"]
+    assert "more than its 0 s" in gpu.run_part(gpu.Part("x", "timing", job, 0.1), 60)["left out"]
+    script = Path(gpu.__file__).with_name("gpu.sh")
+    command = [str(script), "--smoke", "--seconds=0", f"--out={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert all(result == {"left out": "no time was left"} for result in report["parts"].values())
+
+
+def test_differences_between_devices_are_seen():
+    one, other = torch.tensor([1.0, -4.0]), torch.tensor([1.0, -4.002])
+    assert gpu._difference([(one, one)]) == 0
+    assert gpu._difference([(one, one), (one, other)]) == pytest.approx(5e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("preset, without", [("electronics", {"KGAT"}), ("ml-100k", {"LATTICE", "FREEDOM"})])
+def test_the_gpu_script_times_the_models_that_a_set_is_enough_for(preset, without):
+    timed = {part.arguments["model"] for part in gpu.parts(False, "data") if part.arguments.get("preset") == preset}
+    assert timed == set(gpu.MODELS) - without
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_the_cost_of_evaluation_on_the_planted_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "in_new_process", in_this_process)
+    arguments = [
+        "--dataset",
+        "toy",
+        "--model",
+        "BPR",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path / "e.json"),
+    ]
+    outcome = CliRunner().invoke(evaluate.main, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    result = json.loads((tmp_path / "e.json").read_text())["results"]["toy"]
+    seconds = result["seconds"]
+    assert set(seconds) == {"validation", "bare", "test", "detailed"} and min(seconds.values()) > 0
+    assert result["validation / bare"] == pytest.approx(seconds["validation"] / seconds["bare"])
+    assert result["test / validation"] == pytest.approx(seconds["test"] / seconds["validation"])
