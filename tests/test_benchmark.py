@@ -16,7 +16,7 @@ from scipy import stats
 
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.study import runs, statistics, tables
-from recbole_slifmr.study.benchmark import benchmark, make_plan
+from recbole_slifmr.study.benchmark import benchmark, make_plan, origin_of_settings
 from recbole_slifmr.study.page import write_page
 from recbole_slifmr.training.evaluation import evaluate, item_groups, mask_training_items_only
 from recbole_slifmr.training.experiment import fingerprint
@@ -221,7 +221,9 @@ def test_a_benchmark_writes_everything_and_goes_on_where_it_stopped(folder, monk
     assert results["models"]["SLIFMR"]["test_recall@10"]["mean"] == runs["test_recall@10"][0]
     caption = (folder / "out" / "table.md").read_text()
     for text in ("at most 2 epochs, patience 10", "validation Recall@10", "training and validation", "defaults"):
-        assert text in caption
+        assert text in " ".join(caption.split())
+    assert "one seed: stars and intervals are over the users of one training run" in results["caption"]
+    assert max(map(len, caption.splitlines())) <= 120
     page = write_page([folder / "out"], folder / "report.html").read_text()
     assert "Benchmark on tiny" in page and caption.splitlines()[-1].split("*")[0] in page
     assert page.count("data:image/png") == 2
@@ -324,6 +326,10 @@ def test_tuned_settings_come_from_files_and_are_told(folder):
     (params / "BPR.yaml").write_text("embedding_size: 8\n")
     plan = plan_of(folder, ["SLIFMR", "BPR", "LightGCN"], params=params)
     assert plan.tuned == {"SLIFMR": 12, "BPR": None}
+    assert origin_of_settings(plan) == (
+        "Settings: SLIFMR (defaults from more than 130 runs by hand, then 12 trials), BPR (trials unknown), "
+        "LightGCN (defaults)."
+    )
     by_model = {task.model: task for task in plan.tasks}
     from recbole_slifmr.host.settings import make_config
 

@@ -13,6 +13,7 @@ import pandas as pd
 from recbole_slifmr.errors import ReportError, SettingError, one_line
 from recbole_slifmr.files import replace_file, write_csv, write_json
 from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.paths import PROPERTIES
 from recbole_slifmr.study import plots, statistics, tables
 from recbole_slifmr.study.manifest import manifest
 from recbole_slifmr.study.runs import METRICS, TOPK, check, collect, run_all, take_over
@@ -27,6 +28,9 @@ PROTOCOL = (
     "eval_step",
     "valid_metric",
 )  # the same for all, whatever a file of parameters says
+ONE_SEED = (
+    "one seed: stars and intervals are over the users of one training run and say nothing of how training varies."
+)
 
 
 class Variant(NamedTuple):
@@ -275,19 +279,16 @@ def caption(plan: Benchmark, runs: pd.DataFrame, states: Mapping[str, str]) -> s
     seeds = str(n_seeds.iloc[0]) if n_seeds.nunique() == 1 else ", ".join(f"{m}: {n}" for m, n in n_seeds.items())
     split = "fixed split" if config["benchmark_filename"] else f"split {config['eval_args']['split']}"
     items = "training and validation" if plan.test_mask == "train_valid" else "training"
-    tuned = [f"{m} ({n} trials)" if n else f"{m} (trials unknown)" for m, n in plan.tuned.items()]
     n_users = sorted(set(runs["n_users"]))
     if config["cold_items"]:
         split += f", {config['cold_items']:.0%} of the items held out of training"
     parts = [
         f"{plan.tasks[0].dataset}, {split}, test scores, "
-        + ("one seed." if seeds == "1" else f"mean ± standard deviation over {seeds} seeds."),
+        + (ONE_SEED if seeds == "1" else f"mean ± standard deviation over {seeds} seeds."),
         f"All models: at most {config['epochs']} epochs, patience {config['stopping_step']} evaluations, best epoch by "
         f"validation {config['valid_metric']}; items of {items} are not ranked at test time. "
         f"{' to '.join(map(str, dict.fromkeys((n_users[0], n_users[-1]))))} users with test items are scored.",
-        f"Hyper-parameters from a file: {', '.join(tuned)}; the others have their defaults."
-        if tuned
-        else "Hyper-parameters: defaults.",
+        origin_of_settings(plan),
         f"* p < 0.05, ** p < 0.01 against {plan.reference} (two-sided Wilcoxon signed-rank test over users, Holm)."
         if plan.reference
         else "",
@@ -306,6 +307,23 @@ def _failures(plan: Benchmark, states: Mapping[str, str]) -> list[str]:
             seeds = "" if len(failed) == len(tasks) else f" with seed {', '.join(str(task.seed) for task in failed)}"
             sentences.append(f"{title} failed{seeds}: {states[failed[0].name].rstrip('.')}.")
     return sentences
+
+
+def origin_of_settings(plan: Benchmark) -> str:
+    """Say for each model whether it has its defaults, and how many runs its settings come from."""
+    models = dict.fromkeys(task.model for task in plan.tasks)
+    return f"Settings: {', '.join(f'{model} ({_origin(plan, model)})' for model in models)}."
+
+
+def _origin(plan: Benchmark, model: str) -> str:
+    file = PROPERTIES / "model" / f"{model}.yaml"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    runs = re.search(r"^# runs behind the defaults: (.+)", text, re.MULTILINE)
+    defaults = f"defaults from {runs[1]}" if runs else "defaults"
+    if model not in plan.tuned:
+        return defaults
+    trials = f"{plan.tuned[model]} trials" if plan.tuned[model] else "trials unknown"
+    return f"{defaults}, then {trials}" if runs else trials
 
 
 def shown_metrics(runs: pd.DataFrame) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +78,11 @@ def markdown(models: Sequence[str], metrics: Sequence[str], table: dict[tuple[st
             spread = f" ± {cell.std:.4f}" if np.isfinite(cell.std) else ""
             row.append(text + spread + cell.mark.replace("*", r"\*"))
         lines.append(f"| {_cell_text(model)} | " + " | ".join(row) + " |")
-    return "\n".join([*lines, "", caption, ""])
+    return "\n".join([*lines, "", _wrap(caption), ""])
+
+
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def latex(models: Sequence[str], metrics: Sequence[str], table: dict[tuple[str, str], Cell], caption: str) -> str:
@@ -138,5 +143,7 @@ def write_tables(
         tex += [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", rf"% {heading}", r"\toprule"]
         tex += [" & ".join(map(_escape, header)) + r" \\", r"\midrule"]
         tex += [" & ".join(map(_escape, row)) + r" \\" for row in rows] + [r"\bottomrule", r"\end{tabular}", ""]
-    replace_file(folder / "table.md", lambda part: part.write_text("\n".join([*lines, text, ""]), encoding="utf-8"))
+    replace_file(
+        folder / "table.md", lambda part: part.write_text("\n".join([*lines, _wrap(text), ""]), encoding="utf-8")
+    )
     replace_file(folder / "table.tex", lambda part: part.write_text("\n".join(tex), encoding="utf-8"))
