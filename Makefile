@@ -1,10 +1,11 @@
-# make run: train and evaluate SLIFMR on ml-100k.   make test: lint, types, tests.   Both set everything up.
+# make run: train and evaluate SLIFMR on ml-100k.   make test: lint, types, tests.   make docs: the site in build/site.
+# Each sets everything up.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test lint clean
+.PHONY: run test lint docs clean
 
 run: $(READY)
 	$(BIN)/python run_recbole_slifmr.py --model=SLIFMR --dataset=ml-100k
@@ -17,6 +18,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY)
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/site
+
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
@@ -26,4 +30,4 @@ $(READY): requirements.txt pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) log log_tensorboard saved benchmark benchmarks/out tune dataset_atomic/ml-100k
+	rm -rf $(VENV) build docs/api docs/commands log log_tensorboard saved benchmark benchmarks/out tune dataset_atomic/ml-100k
