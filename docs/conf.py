@@ -25,6 +25,8 @@ include_patterns = ["README.md", "CHANGELOG.md", "docs/**", "benchmarks/*.md", "
 suppress_warnings = ["toc.not_included", "myst.header"]  # of the tables of results, which results/README.md links
 extensions = ["myst_parser", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
 
+smartquotes = False  # they would turn -- of an option into a dash
+
 html_theme = "furo"
 html_title = project
 html_extra_path = ["index.html"]
@@ -34,7 +36,9 @@ html_copy_source = html_show_sourcelink = False
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
-apidoc_modules = [{"path": "../recbole_slifmr", "destination": "docs/api"}]
+apidoc_modules = [
+    {"path": "../recbole_slifmr", "destination": "docs/api", "automodule_options": {"members", "show-inheritance"}}
+]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 napoleon_use_ivar = True
