@@ -103,7 +103,7 @@ class Explainer:
     def _weights(self, fusion: Any, views: Tensor, mask: Tensor) -> list[dict[str, float]] | None:
         if fusion.kind == "concat":
             return None
-        weights = fusion.weights(unit(views) if self.model.normalize_views else views, mask)
+        weights = fusion.weights(unit(views) if self.model.settings.normalize_views else views, mask)
         return [dict(zip(self.model.view_names, _short(row), strict=True)) for row in weights]
 
     def _neighbours(self, user: int, item: int) -> list[dict[str, Any]]:
