@@ -265,6 +265,8 @@ def test_full_and_sampled_ranking_do_not_stand_in_one_table(folder):
     plan = plan_of(folder, ["LightGCN", "BPR"], params=params)
     with pytest.raises(SettingError, match=r"LightGCN is scored by .*full.* and BPR by .*uni5.*: their scores cannot"):
         runs.check(plan.tasks)
+    with pytest.raises(SettingError, match="BPR: scores by user and group need all items ranked"):
+        runs.check(plan.tasks[1:])
 
 
 # -- which epoch -----------------------------------------------------------------------------------------------------

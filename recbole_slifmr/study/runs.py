@@ -51,6 +51,8 @@ def check(tasks: Iterable[Task]) -> Checked:
         SettingError, DataError: for a model, setting or file that cannot be used, splits, features or knowledge graphs
             that differ where they must not, or full and sampled ranking side by side.
     """
+    from recbole.data.dataloader import FullSortEvalDataLoader
+
     from recbole_slifmr.host.settings import make_config
     from recbole_slifmr.training.experiment import prepare
 
@@ -71,6 +73,11 @@ def check(tasks: Iterable[Task]) -> Checked:
             raise SettingError(
                 f"{first} is scored by the ranking mode {one} and {second} by {other}: their scores cannot stand in "
                 "one table; give both the same mode in eval_args"
+            )
+        if not isinstance(prepared.test_data, FullSortEvalDataLoader):
+            raise SettingError(
+                f"{task.title}: scores by user and group need all items ranked, not a sample of them: give eval_args "
+                "the mode full"
             )
         same.compare(task, task.title, prepared.fingerprints(), prepared.inputs())
     if not modes:
