@@ -166,7 +166,8 @@ def time_outside_training(
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         whole = perf_counter() - start
         if done.returncode:
-            return {"error": (done.stderr or done.stdout).strip().splitlines()[-1]}
+            lines = (done.stderr or done.stdout).strip().splitlines()
+            return {"error": lines[-1] if lines else f"slifmr benchmark ended with status {done.returncode}"}
         runs = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("benchmark/runs/*/result.json"))]
     training = {run["model"]: run["seconds"] - run["validation_seconds"] for run in runs}
     return {
