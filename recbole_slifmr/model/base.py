@@ -16,16 +16,13 @@ from torch.nn import functional as F
 from recbole_slifmr.data.cold import ColdScoring, is_cold
 from recbole_slifmr.data.features import ItemFeatures
 from recbole_slifmr.errors import DataError, SettingError
-from recbole_slifmr.model.settings import GraphSettings, ModelSettings
+from recbole_slifmr.model.settings import DataSettings, GraphSettings, ModelSettings
 from recbole_slifmr.nn.encoder import InteractionEncoder
 from recbole_slifmr.nn.loss import bpr_loss, l2_loss
 
 
-class EmbeddingRecommender(GeneralRecommender):
-    """A model that scores by the inner product of final embeddings, computed once between training steps.
-
-    ``forward`` of a model returns the final users ``[n_users, d]`` and items ``[n_items, d]``; its ``calculate_loss``
-    calls :meth:`clear_cache` first; its constructor ends with :meth:`reset_parameters`.
+class DeclaredRecommender(GeneralRecommender):
+    """A model that declares its settings and says how much memory it takes.
 
     Args:
         config: RecBole's configuration.
@@ -33,52 +30,17 @@ class EmbeddingRecommender(GeneralRecommender):
 
     Attributes:
         settings_class: declares the settings of the model.
-        loss_names: of the terms that ``calculate_loss`` returns.
-        needs_features: whether the model cannot do without item features.
-        needs_negatives: whether the model cannot do without sampled negative items.
 
     Raises:
-        SettingError: for a setting outside its limits, or of the trainer that needs what the model cannot do.
-        DataError: if the model needs item features and there are none.
+        SettingError: for a setting outside its limits.
     """
 
-    input_type = InputType.PAIRWISE
-    settings_class: type[ModelSettings]
-    settings: ModelSettings
-    loss_names: tuple[str, ...]
-    needs_features = False
-    needs_negatives = True
-    warm: Tensor | None
-    forward: Callable[[], tuple[Tensor, Tensor]]
+    settings_class: type[DataSettings]
+    settings: DataSettings
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         self.settings = self.settings_class.read(config)
-        for setting, method in (("prune_ratio", "prune_interactions"), ("self_loop", "refresh_graphs")):
-            if getattr(self.settings, setting) and not hasattr(self, method):
-                raise SettingError(f"{config['model']} cannot do what {setting} asks for: leave it off")
-        if self.needs_negatives and config["train_neg_sample_args"]["distribution"] == "none":
-            raise SettingError(
-                "train_neg_sample_args: the model learns from sampled negative items: name a distribution"
-            )
-        if self.needs_features and not dataset.item_features:
-            folder = config["feature_path"] or dataset.dataset_path
-            fix = f"put .npy files such as text.npy into {folder} or name them in 'modalities'"
-            if not self.settings.use_features:
-                fix = "set use_features to True"
-            raise DataError(f"{config['model']} needs item features and '{dataset.dataset_name}' has none: {fix}")
-        self._final: tuple[Tensor, Tensor] | None = None
-        warm = (~is_cold(dataset)).unsqueeze(1).to(self.device) if config["cold_items"] else None
-        self.register_buffer("warm", warm, persistent=False)
-
-    def reset_parameters(self) -> None:
-        """Initialise the parameters, as RecBole's models do: Xavier's uniform distribution, biases 0."""
-        self.apply(xavier_uniform_initialization)
-
-    @classmethod
-    def scores_cold(cls, config: Any) -> ColdScoring:
-        """Say whether the model can score items without training interactions."""
-        return ColdScoring(True, f"{config['model']} scores cold items by their features")
 
     @classmethod
     def estimate_memory(cls, config: Any, dataset: Any) -> dict[str, float]:
@@ -104,6 +66,63 @@ class EmbeddingRecommender(GeneralRecommender):
     def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
         """Return the bytes of what the model adds: parameters, features, graphs, the largest tensors of a step."""
         raise NotImplementedError
+
+
+class EmbeddingRecommender(DeclaredRecommender):
+    """A model that scores by the inner product of final embeddings, computed once between training steps.
+
+    ``forward`` of a model returns the final users ``[n_users, d]`` and items ``[n_items, d]``; its ``calculate_loss``
+    calls :meth:`clear_cache` first; its constructor ends with :meth:`reset_parameters`.
+
+    Args:
+        config: RecBole's configuration.
+        dataset: a :class:`~recbole_slifmr.data.dataset.SLIFMRDataset`, the training split.
+
+    Attributes:
+        loss_names: of the terms that ``calculate_loss`` returns.
+        needs_features: whether the model cannot do without item features.
+        needs_negatives: whether the model cannot do without sampled negative items.
+
+    Raises:
+        SettingError: for a setting outside its limits, or of the trainer that needs what the model cannot do.
+        DataError: if the model needs item features and there are none.
+    """
+
+    input_type = InputType.PAIRWISE
+    settings: ModelSettings
+    loss_names: tuple[str, ...]
+    needs_features = False
+    needs_negatives = True
+    warm: Tensor | None
+    forward: Callable[[], tuple[Tensor, Tensor]]
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        for setting, method in (("prune_ratio", "prune_interactions"), ("self_loop", "refresh_graphs")):
+            if getattr(self.settings, setting) and not hasattr(self, method):
+                raise SettingError(f"{config['model']} cannot do what {setting} asks for: leave it off")
+        if self.needs_negatives and config["train_neg_sample_args"]["distribution"] == "none":
+            raise SettingError(
+                "train_neg_sample_args: the model learns from sampled negative items: name a distribution"
+            )
+        if self.needs_features and not dataset.item_features:
+            folder = config["feature_path"] or dataset.dataset_path
+            fix = f"put .npy files such as text.npy into {folder} or name them in 'modalities'"
+            if not self.settings.use_features:
+                fix = "set use_features to True"
+            raise DataError(f"{config['model']} needs item features and '{dataset.dataset_name}' has none: {fix}")
+        self._final: tuple[Tensor, Tensor] | None = None
+        warm = (~is_cold(dataset)).unsqueeze(1).to(self.device) if config["cold_items"] else None
+        self.register_buffer("warm", warm, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters, as RecBole's models do: Xavier's uniform distribution, biases 0."""
+        self.apply(xavier_uniform_initialization)
+
+    @classmethod
+    def scores_cold(cls, config: Any) -> ColdScoring:
+        """Say whether the model can score items without training interactions."""
+        return ColdScoring(True, f"{config['model']} scores cold items by their features")
 
     def known(self, embedding: Tensor, items: Tensor | None = None) -> Tensor:
         """Return the ID embeddings of all items, or of ``items [B]``, zeros for cold ones, whose own are untrained."""

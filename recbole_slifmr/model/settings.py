@@ -1,6 +1,6 @@
 """Settings of a model: the type and the limits of each, declared once as a field of a frozen dataclass.
 
-``knn_k: Annotated[int, Range(1)]`` is all that there is to write: :meth:`ModelSettings.read` checks the value against
+``knn_k: Annotated[int, Range(1)]`` is all that there is to write: :meth:`DataSettings.read` checks the value against
 it. Default and meaning stand in ``properties/model/``, the values that a search tries in ``properties/tune/``; tests
 hold both against the declarations.
 """
@@ -65,16 +65,11 @@ def check(name: str, value: Any, annotation: Any) -> None:
 
 
 @dataclass(frozen=True)
-class ModelSettings:
-    """What every model is asked for: what is read of the data set, its size, the trainer's settings."""
+class DataSettings:
+    """What every model is asked for: what is read of the data set."""
 
     use_features: bool
     use_kg: bool
-    embedding_size: Count
-    learning_rate: Weight
-    prune_ratio: PartOf
-    self_loop: bool
-    callbacks: list
 
     @classmethod
     def read(cls, config: Any) -> Self:
@@ -91,6 +86,17 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class ModelSettings(DataSettings):
+    """What a model that is trained by gradients is asked for: its size, the trainer's settings."""
+
+    embedding_size: Count
+    learning_rate: Weight
+    prune_ratio: PartOf
+    self_loop: bool
+    callbacks: list
+
+
+@dataclass(frozen=True)
 class GraphSettings(ModelSettings):
     """What a model that propagates over the interactions is asked for."""
 
@@ -98,8 +104,8 @@ class GraphSettings(ModelSettings):
 
 
 @dataclass(frozen=True)
-class FeatureSettings(ModelSettings):
-    """What a model that reads item features is asked for."""
+class FeatureSettings(DataSettings):
+    """What a model that reads item features is asked for, beside its other settings."""
 
     modalities: dict | str
     feature_missing: str | None

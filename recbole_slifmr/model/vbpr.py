@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from recbole_slifmr.model.base import EmbeddingRecommender, feature_size, unit_rows
-from recbole_slifmr.model.settings import Count, FeatureSettings, Weight
+from recbole_slifmr.model.settings import Count, FeatureSettings, ModelSettings, Weight
 from recbole_slifmr.nn.loss import bpr_loss, l2_loss
 
 
 @dataclass(frozen=True)
-class VBPRSettings(FeatureSettings):
+class VBPRSettings(FeatureSettings, ModelSettings):
     """The settings of VBPR."""
 
     feature_embedding_size: Count
