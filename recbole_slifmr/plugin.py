@@ -21,6 +21,7 @@ import recbole.model.knowledge_aware_recommender
 import recbole.trainer
 import torch
 from recbole.config import Config
+from recbole.utils import get_model
 from recbole.utils.argument_list import dataset_arguments
 
 from recbole_slifmr.data.cold import is_cold, sample_warm_only
@@ -47,7 +48,7 @@ def register() -> None:
         if not hasattr(recbole.data.dataset, f"{name}Dataset"):
             setattr(recbole.data.dataset, f"{name}Dataset", SLIFMRDataset)
     for name in MODELS:
-        setattr(recbole.trainer, f"{name}Trainer", trainer.SLIFMRTrainer)
+        setattr(recbole.trainer, f"{name}Trainer", trainer.trainer_of(get_model(name)))
     dataset_arguments.extend(name for name in DATASET_SETTINGS if name not in dataset_arguments)
     wrap_config()
     _wrap_samplers()

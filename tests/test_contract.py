@@ -1,4 +1,7 @@
-"""The contract that every model of the package keeps."""
+"""The contract that every model of the package keeps; closed forms have no gradients, epochs or embeddings.
+
+A test without a mark is for both kinds of models.
+"""
 
 import functools
 import inspect
@@ -9,7 +12,7 @@ import pytest
 import torch
 from conftest import BOARD, QUIET, all_scores, batch_of
 from recbole.data.interaction import Interaction
-from recbole.utils import get_model
+from recbole.utils import ModelType, get_model
 
 from recbole_slifmr.errors import DataError
 from recbole_slifmr.host.settings import make_config
@@ -17,6 +20,10 @@ from recbole_slifmr.model import MODELS
 from recbole_slifmr.training.experiment import run
 
 WITHOUT_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+CLOSED_FORMS = [name for name in MODELS if get_model(name).type == ModelType.TRADITIONAL]
+of_trained_models = pytest.mark.parametrize("model_name", [name for name in MODELS if name not in CLOSED_FORMS])
+of_closed_forms = pytest.mark.parametrize("model_name", CLOSED_FORMS)
 
 
 @pytest.fixture(params=MODELS)
@@ -42,9 +49,11 @@ def same(device):
 
 
 def test_every_model_cites_its_source(model_name):
-    assert re.search(r"arXiv\s+\d{4}\.\d{5}", inspect.getmodule(get_model(model_name)).__doc__)
+    source = inspect.getmodule(get_model(model_name)).__doc__
+    assert re.search(r"arXiv\s+\d{4}\.\d{5}|DOI\s+10\.\d{4,}/\S+", source)
 
 
+@of_trained_models
 def test_loss_is_finite_and_reaches_every_parameter(fresh):
     for name, parameter in fresh.model.named_parameters():
         if name.endswith("fusion.query"):  # at 0, as it starts, no gradient reaches what comes before it
@@ -58,6 +67,13 @@ def test_loss_is_finite_and_reaches_every_parameter(fresh):
     for name, parameter in fresh.model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
         assert torch.isfinite(parameter.grad).all(), name
+
+
+@of_closed_forms
+def test_a_closed_form_has_a_loss_of_zero_that_can_be_stepped_on(fresh):
+    loss = fresh.model.calculate_loss(batch_of(fresh))
+    loss.backward()
+    assert loss == 0 and all(not parameter.grad.any() for parameter in fresh.model.parameters())
 
 
 def test_predict_equals_full_sort_predict(fresh):
@@ -81,7 +97,16 @@ def peak_at(run, best_epoch, monkeypatch):
     return seen
 
 
-def test_save_and_load_give_equal_scores(tiny, build, model_name, monkeypatch, same):
+def test_save_and_load_give_equal_scores(tiny, build, model_name, same):
+    run, other = build(tiny, model_name), build(tiny, model_name)
+    run.trainer.fit(run.train, run.valid, show_progress=False)
+    run.trainer.evaluate(run.test, load_best_model=True)
+    other.trainer.evaluate(other.test, load_best_model=True, model_file=run.trainer.saved_model_file)
+    assert same(all_scores(other), all_scores(run))
+
+
+@of_trained_models
+def test_the_best_epoch_comes_back(tiny, build, model_name, monkeypatch, same):
     """The best epoch is the first of three: its parameters and graphs come back, not the last ones."""
     run = build(tiny, model_name, epochs=3, learning_rate=0.01)
     seen = peak_at(run, 0, monkeypatch)
@@ -94,6 +119,7 @@ def test_save_and_load_give_equal_scores(tiny, build, model_name, monkeypatch, s
     assert same(all_scores(other), seen[0])
 
 
+@of_trained_models
 def test_a_resumed_run_gives_what_the_uninterrupted_one_gives(tiny, build, model_name, monkeypatch, same):
     whole = build(tiny, model_name, epochs=4)
     expected = peak_at(whole, 3, monkeypatch)
@@ -109,6 +135,7 @@ def test_a_resumed_run_gives_what_the_uninterrupted_one_gives(tiny, build, model
     assert same(seen[1], expected[3])
 
 
+@of_trained_models
 def test_final_embeddings_are_cached_until_training_or_loading(fresh):
     model = fresh.model
     for action in (
@@ -122,11 +149,13 @@ def test_final_embeddings_are_cached_until_training_or_loading(fresh):
 
 
 def test_checkerboard_ranks_the_held_out_item_of_the_group_first(board, build, model_name):
-    run = build(board, model_name, **BOARD)
+    is_trained = model_name not in CLOSED_FORMS
+    run = build(board, model_name, **{name: BOARD[name] for name in BOARD if name != "learning_rate" or is_trained})
     run.trainer.fit(run.train, run.valid, show_progress=False)
     assert run.trainer.evaluate(run.test, load_best_model=True)["recall@1"] == 1.0
 
 
+@of_trained_models
 def test_moving_and_casting_forget_the_final_embeddings(fresh):
     expected = all_scores(fresh)
     assert fresh.model.double()._final_embeddings()[0].dtype == torch.float64
@@ -142,6 +171,7 @@ def test_printing_the_model_shows_its_parameters(fresh):
 # -- edges of the data -----------------------------------------------------------------------------------------------
 
 
+@of_trained_models
 def test_a_batch_of_one_user_and_item_repeated_trains(fresh):
     one = batch_of(fresh)[torch.zeros(64, dtype=torch.long)]
     losses = fresh.model.calculate_loss(one)
@@ -175,6 +205,7 @@ def test_a_user_who_has_seen_everything_is_refused_in_one_line(tiny, model_name)
     assert "\n" not in str(error.value)
 
 
+@of_trained_models
 def test_memory_is_estimated_from_the_sizes(fresh, model_name):
     """What grows with the dimension grows with it; features and graphs are counted where the model has them."""
     small, large = (

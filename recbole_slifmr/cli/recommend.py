@@ -46,7 +46,7 @@ def _read_tokens(file: Path) -> list[str]:
     click.option("--exclude_seen/--include_seen", "--exclude-seen/--include-seen", "exclude_seen", default=True,
                  help="Leave out the user's items in the training, validation and test split.  [exclude]"),
     click.option("--candidates", type=click.Path(path_type=Path), help="File of the items that may be recommended."),
-    click.option("--explain", is_flag=True, help="Say why (SLIFMR only); a table, or nested fields with jsonl."),
+    click.option("--explain", is_flag=True, help="Say why (SLIFMR, closed forms): a table, or nested with jsonl."),
     click.option("--format", "kind", type=click.Choice(["csv", "jsonl", "parquet"]),
                  help="Of the output.  [that of --out's name, else csv]"),
     click.option("--out", type=click.Path(path_type=Path), help="File to write; printed without."),
@@ -98,9 +98,12 @@ def recommend(
     allowed = None if candidates is None else trained.item_ids(_read_tokens(candidates))
     rankings = rank(trained, ids, k, exclude_seen, allowed)
     if explain:
+        from recbole_slifmr.model.linear import LinearRecommender
         from recbole_slifmr.serve.explain import Explainer
+        from recbole_slifmr.serve.explain_linear import LinearExplainer
 
-        explainer = Explainer(trained)
+        is_linear = isinstance(trained.model, LinearRecommender)
+        explainer = LinearExplainer(trained) if is_linear else Explainer(trained)
 
     def tables() -> Iterator[pd.DataFrame]:
         for ranking in rankings:
@@ -121,6 +124,9 @@ def recommend(
 def _print_explained(frame: pd.DataFrame) -> None:
     """Print a table per user."""
     console = Console()
+    if len(frame) and "items" in frame["explanation"].iloc[0]:
+        _print_linear(console, frame)
+        return
     for user, rows in frame.groupby("user", sort=False):
         views = rows["explanation"].iloc[0]["user_views"]
         title = f"user {user}" + (f", views: {_weights(views)}" if views else "")
@@ -128,6 +134,17 @@ def _print_explained(frame: pd.DataFrame) -> None:
         for row in rows.itertuples():
             cells = (str(row.rank), row.item, f"{row.score:.4f}", *_reasons(row.explanation))
             shown.add_row(*map(Text, cells))  # as text: a token may hold brackets
+        console.print(shown)
+
+
+def _print_linear(console: Console, frame: pd.DataFrame) -> None:
+    for user, rows in frame.groupby("user", sort=False):
+        shown = Table("rank", "item", "score", "interactions", "content", "from the user's", title=Text(f"user {user}"))
+        for row in rows.itertuples():
+            why = row.explanation
+            parts = (f"{why[name]:.4f}" for name in ("interactions", "content"))
+            items = ", ".join(f"{near['item']} ({near['score']:.2f})" for near in why["items"])
+            shown.add_row(*map(Text, (str(row.rank), row.item, f"{row.score:.4f}", *parts, items)))
         console.print(shown)
 
 

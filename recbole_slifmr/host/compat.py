@@ -275,7 +275,7 @@ def ncl_clustering() -> bool:
 def _run_kmeans(self: Any, x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the centroids, scaled to length 1, and the cluster of each row of `x`."""
     from sklearn.cluster import KMeans
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     kmeans = KMeans(min(self.k, len(x)), init="random", n_init=1, max_iter=25, random_state=1234)
     with threadpool_limits(1):  # several threads add up in an order that varies

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from recbole_slifmr.data.dataset import SETTINGS, SLIFMRDataset
 from recbole_slifmr.data.noise import read_noise
 from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
 from recbole_slifmr.model import MODELS
-from recbole_slifmr.model.settings import check
+from recbole_slifmr.model.settings import ModelSettings, check
 from recbole_slifmr.paths import PROPERTIES, find_data_path
 
 NUMBERS = ("epochs", "train_batch_size", "eval_batch_size", "learning_rate", "eval_step", "stopping_step", "seed",
@@ -279,14 +280,15 @@ def unknown_settings(config: Config) -> list[str]:
 
     RecBole's settings are those in its YAML files and argument lists and those that its source (models apart) looks up;
     the data set class of this package reads ``SETTINGS``; the model's are those in its YAML and in the
-    source of its class.
+    source of its class. Settings of training by gradients mean nothing to a closed form of this package.
     """
-    given = set(config.external_config_dict) - set(config.internal_config_dict) - set(_COMMAND_SETTINGS)
-    given -= {name for names in config.parameters.values() for name in names}
+    given, foreign = set(config.external_config_dict), _settings_of_gradients_only(config.model_class)
+    listed = {name for names in config.parameters.values() for name in names}
+    given -= {*config.internal_config_dict, *_COMMAND_SETTINGS, *listed} - foreign
     if not given:
         return []
-    read = _settings_read_by_recbole() | set(SETTINGS) | _settings_read_by_model(config.model_class)
-    known = read | set(config.internal_config_dict) | set(_COMMAND_SETTINGS)
+    read = (_settings_read_by_recbole() | set(SETTINGS) | _settings_read_by_model(config.model_class)) - foreign
+    known = (read | set(config.internal_config_dict) | set(_COMMAND_SETTINGS)) - foreign
     messages = []
     for name in sorted(given - read):
         near = difflib.get_close_matches(name, known, n=1)
@@ -307,6 +309,12 @@ def _settings_read_by_recbole() -> frozenset[str]:
     root = Path(inspect.getfile(recbole)).parent
     files = (path for path in root.rglob("*.py") if path.relative_to(root).parts[0] != "model")
     return frozenset().union(*(_look_ups(path.read_text(encoding="utf-8")) for path in files))
+
+
+def _settings_of_gradients_only(model_class: type) -> set[str]:
+    """Return what is asked of models trained by gradients and not of a model of this package, ``learning_rate`` say."""
+    declared = getattr(model_class, "settings_class", ModelSettings)
+    return {field.name for field in fields(ModelSettings)} - {field.name for field in fields(declared)}
 
 
 def _settings_read_by_model(model_class: type) -> set[str]:

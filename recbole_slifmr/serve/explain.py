@@ -38,7 +38,10 @@ class Explainer:
     def __init__(self, trained: Trained) -> None:
         model = trained.model
         if not isinstance(model, SLIFMR):
-            raise SettingError(f"--explain is for SLIFMR: {trained.config['model']} has no views and no feedback graph")
+            raise SettingError(
+                f"--explain is for SLIFMR: {trained.config['model']} has no views and no feedback graph, and "
+                "no item-item weights as CEASE has"
+            )
         self.trained, self.model = trained, model
         dataset = trained.dataset
         users, items = (dataset.inter_feat[field].numpy() for field in (dataset.uid_field, dataset.iid_field))

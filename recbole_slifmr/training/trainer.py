@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from recbole.utils import set_color
+from recbole.trainer import TraditionalTrainer
+from recbole.utils import ModelType, set_color
 
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.files import replace_file
@@ -27,7 +28,12 @@ from recbole_slifmr.training.ranking import RankingTrainer
 
 
 def make_callbacks(config: Any, model: Any) -> list[Callback]:
-    """Return diagnostics if the model has them, pruning and self-loop if the settings ask for them, the user's."""
+    """Return diagnostics if the model has them, pruning and self-loop if the settings ask for them, the user's.
+
+    A model without gradients has none: it has no epochs for them to run between.
+    """
+    if model.type == ModelType.TRADITIONAL:
+        return []
     callbacks: list[Callback] = [DiagnosticsCallback()] if hasattr(model, "diagnostics") else []
     if config["prune_ratio"]:
         callbacks.append(PruningCallback(config["seed"]))
@@ -174,3 +180,12 @@ class SLIFMRTrainer(RankingTrainer):
             torch.cuda.set_rng_state_all(states["cuda"])
         if states["loader"] is not None and self._train_data.generator is not None:
             self._train_data.generator.set_state(states["loader"])
+
+
+class ClosedFormTrainer(SLIFMRTrainer, TraditionalTrainer):
+    """The trainer of models without gradients: one epoch, whatever ``epochs`` says."""
+
+
+def trainer_of(model_class: Any) -> type[SLIFMRTrainer]:
+    """Return the trainer of a model of this package."""
+    return ClosedFormTrainer if model_class.type == ModelType.TRADITIONAL else SLIFMRTrainer

@@ -1,0 +1,193 @@
+"""What the closed forms share: their sources, when and how they are solved, and scores from a user's items.
+
+The weights are solved for in the first training step or, after a checkpoint is loaded, for the first score. A
+checkpoint holds the settings that determine them and not the weights, of which there are as many as items squared.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import scipy.sparse
+import torch
+from recbole.utils import InputType, ModelType
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recbole_slifmr.data.cold import ColdScoring
+from recbole_slifmr.errors import SettingError
+from recbole_slifmr.model.base import DeclaredRecommender, feature_size
+from recbole_slifmr.model.settings import Count, FeatureSettings, Positive, Range, Weight, check
+from recbole_slifmr.nn.linear import (
+    DenseSolver,
+    Matrix,
+    NeighbourSolver,
+    Solver,
+    Source,
+    feature_factor,
+    interaction_factor,
+    tag_factor,
+)
+
+PRECISIONS = {"double": torch.float64, "single": torch.float32}
+PLACES = ("modalities", "feature_path")  # where the features lie, which may change behind a checkpoint
+
+
+@dataclass(frozen=True)
+class LinearSettings(FeatureSettings):
+    """What every closed form is asked for."""
+
+    reg_weight: Positive
+    feature_weight: Weight
+    modality_weights: dict
+    kg_weight: Weight
+    kg_hops: Annotated[int, Range(1, 2)]
+    precision: Annotated[str, tuple(PRECISIONS)]
+    max_items: Count
+    n_neighbours: Count
+
+
+class LinearRecommender(DeclaredRecommender):
+    """A model that scores an item by the sum of its weights on the user's items, which it finds in closed form.
+
+    Args:
+        config: RecBole's configuration.
+        dataset: a :class:`~recbole_slifmr.data.dataset.SLIFMRDataset`, the training split.
+
+    Attributes:
+        n_matrices: of weights, that exist at a time while the model is solved.
+        sources: ``interaction``, the modalities by name, and ``kg``; without those that are absent or have no weight.
+
+    Raises:
+        SettingError: for a setting outside its limits or the weight of a modality that is not there.
+    """
+
+    type = ModelType.TRADITIONAL
+    input_type = InputType.POINTWISE
+    settings: LinearSettings
+    loss_names = ("none",)
+    n_matrices: ClassVar[int]
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        self.solver = make_solver(self.settings, self.n_items, self.device)
+        users, items = (dataset.inter_feat[field].numpy() for field in (self.USER_ID, self.ITEM_ID))
+        interactions = interaction_factor(users, items, self.n_users, self.n_items)
+        self.history: scipy.sparse.csr_array = interactions.T.tocsr()
+        self.sources = {"interaction": Source(interactions), **self._content(dataset)}
+        if len(self.sources) == 1:
+            self.logger.warning(f"{config['model']} has neither features nor a knowledge graph here: it is EASE then")
+        self.anchor = nn.Parameter(torch.zeros(1))  # RecBole's trainer wants something to train
+        self._weights: Matrix | None = None
+
+    def _content(self, dataset: Any) -> dict[str, Source]:
+        """Return the modalities and the knowledge graph as sources, each with its weight."""
+        weights = dict.fromkeys(dataset.item_features, self.settings.feature_weight)
+        for name, weight in self.settings.modality_weights.items():
+            if name not in dataset.item_features:
+                known = ", ".join(dataset.item_features) or "none"
+                raise SettingError(f"modality_weights: there is no modality '{name}'; the data set has {known}")
+            check(f"modality_weights: {name}", weight, Weight)
+            weights[name] = weight
+        sources = {
+            name: Source(feature_factor(*features), weights[name])
+            for name, features in dataset.item_features.items()
+            if weights[name]
+        }
+        if self.settings.kg_weight and len(dataset.triples):
+            tags = tag_factor(dataset.triples.numpy(), self.n_items, self.settings.kg_hops)
+            sources["kg"] = Source(tags, self.settings.kg_weight)
+        return sources
+
+    @classmethod
+    def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
+        """Return the bytes of the factors and of what solving takes at its peak, on the CPU."""
+        solver = make_solver(settings, dataset.item_num, "cpu")
+        return {
+            "interactions": 40 * len(dataset.inter_feat),
+            "features": 8 * feature_size(dataset) * dataset.item_num,
+            "knowledge graph": 100 * len(dataset.triples),
+            "solving": solver.estimate_memory(dataset.item_num, cls.n_matrices),
+        }
+
+    @classmethod
+    def scores_cold(cls, config: Any) -> ColdScoring:
+        """Say whether the model can score items without training interactions."""
+        return ColdScoring(True, f"{config['model']} scores cold items by the features and tags they share with others")
+
+    @abstractmethod
+    def combine(self, solver: Solver[Any], interactions: list[Source], content: list[Source]) -> Any:
+        """Return the weights B ``[n_items, n_items]``, as the solver solves for them."""
+
+    def solve(self, with_content: bool = True) -> Matrix:
+        """Return the weights B, ``[n_items, n_items]``: column j holds what item j's score takes of each item.
+
+        Args:
+            with_content: whether the modalities and the knowledge graph count; without them the same settings give
+                what the interactions alone say.
+
+        Returns:
+            a dense float32 tensor; with more than ``max_items`` items a sparse matrix.
+        """
+        content = [source for name, source in self.sources.items() if name != "interaction" and with_content]
+        weights = self.combine(self.solver, [self.sources["interaction"]], content)
+        return weights.float() if isinstance(weights, Tensor) else weights
+
+    @property
+    def weights(self) -> Matrix:
+        """The weights B, solved for when they are first asked for."""
+        if self._weights is None:
+            size = self.solver.estimate_memory(self.n_items, self.n_matrices)
+            self.logger.info(f"{self.n_items} items: solving takes {size / 1e9:.2f} GB of memory")
+            if isinstance(self.solver, NeighbourSolver):
+                self.logger.info(
+                    f"{self.n_items} items are more than max_items: each item's score takes weights of its "
+                    f"{self.solver.n_neighbours} nearest items only"
+                )
+            self._weights = self.solve()
+        return self._weights
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the settings, which stand for the weights in a checkpoint."""
+        return {name: value for name, value in asdict(self.settings).items() if name not in PLACES}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Refuse the settings of a checkpoint if they are not the model's own."""
+        differing = {name: value for name, value in self.get_extra_state().items() if state.get(name) != value}
+        if differing:
+            here = ", ".join(f"{name}={value}" for name, value in differing.items())
+            raise SettingError(f"the checkpoint is of other settings than {here}")
+
+    def forward(self) -> None:
+        """Do nothing: there is no network."""
+
+    def calculate_loss(self, interaction: Any) -> Tensor:
+        """Solve, once; return a loss of zero."""
+        assert self.weights is not None
+        return self.anchor.sum() * 0.0
+
+    def predict(self, interaction: Any) -> Tensor:
+        """Return the score of each (user, item) pair, ``[B]``."""
+        users, place = torch.unique(interaction[self.USER_ID], return_inverse=True)
+        return self._scores(users)[place, interaction[self.ITEM_ID]]
+
+    def full_sort_predict(self, interaction: Any) -> Tensor:
+        """Return the scores of all items for each user, ``[B * n_items]``."""
+        return self._scores(interaction[self.USER_ID]).flatten()
+
+    def _scores(self, users: Tensor) -> Tensor:
+        history, weights = self.history[users.cpu().numpy()], self.weights
+        if not isinstance(weights, Tensor):
+            return torch.from_numpy((history @ weights).toarray().astype(np.float32)).to(self.device)
+        items, bounds = (torch.from_numpy(ids.astype(np.int64)) for ids in (history.indices, history.indptr[:-1]))
+        return F.embedding_bag(items.to(weights.device), weights, bounds.to(weights.device), mode="sum")
+
+
+def make_solver(settings: LinearSettings, n_items: int, device: torch.device | str) -> Solver[Any]:
+    """Return the solver of the whole matrix, or with more than ``max_items`` items that of their neighbours."""
+    if n_items > settings.max_items:
+        return NeighbourSolver(settings.n_neighbours)
+    return DenseSolver(PRECISIONS[settings.precision], device)

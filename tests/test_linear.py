@@ -1,0 +1,411 @@
+"""Closed forms: factors by hand, weights against plain formulas and a solver, and what the models do with them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.sparse
+import torch
+from conftest import QUIET, all_scores
+from recbole.data.interaction import Interaction
+from recbole.model.general_recommender import EASE
+
+from recbole_slifmr.cli import main
+from recbole_slifmr.errors import SettingError, UnknownSettingWarning
+from recbole_slifmr.host.settings import make_config, parse_settings
+from recbole_slifmr.nn import linear
+from recbole_slifmr.nn.linear import (
+    DenseSolver,
+    NeighbourSolver,
+    Source,
+    feature_factor,
+    interaction_factor,
+    tag_factor,
+    top_weights,
+)
+from recbole_slifmr.search.space import grid, parse_space
+from recbole_slifmr.training.experiment import run
+
+CLOSED_FORMS = ("CEASE", "AddEASE", "L3AE")
+N_USERS, N_ITEMS, REG = 50, 23, 4.0
+
+
+@pytest.fixture
+def sources():
+    """Random interactions and features; item 0 has neither, items 3 and 4 have no features."""
+    rng = np.random.default_rng(0)
+    users, items = rng.integers(1, N_USERS, 200), rng.integers(1, N_ITEMS, 200)
+    mask = torch.ones(N_ITEMS, dtype=torch.bool)
+    mask[[0, 3, 4]] = False
+    features = feature_factor(torch.from_numpy(rng.normal(size=(N_ITEMS, 6)).astype(np.float32)), mask)
+    return Source(interaction_factor(users, items, N_USERS, N_ITEMS)), Source(features, 2.5)
+
+
+def dense(source):
+    factor = source.factor
+    return np.sqrt(source.weight) * (factor.toarray() if scipy.sparse.issparse(factor) else factor.numpy())
+
+
+def plain_ease(gram, reg):
+    """EASE as its paper writes it, of a Gram matrix."""
+    inverse = np.linalg.inv(gram + reg * np.eye(len(gram)))
+    weights = inverse / -np.diag(inverse)
+    np.fill_diagonal(weights, 0)
+    return weights
+
+
+# -- factors ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_interaction_that_is_there_twice_counts_once():
+    factor = interaction_factor(np.array([1, 1, 2]), np.array([1, 1, 2]), 3, 3)
+    assert factor.toarray().tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_features_are_centred_over_the_items_that_have_them():
+    values = torch.tensor([[0.0, 0.0], [3.0, 1.0], [1.0, 1.0], [9.0, 9.0]])
+    factor = feature_factor(values, torch.tensor([False, True, True, False]))
+    assert factor.tolist() == [[0, 0], [1, 0], [-1, 0], [0, 0]]
+
+
+# Items 1 to 4, entities 5 to 8. Of relation 1: items 1, 2 and 3 to 5, item 4 alone to 6. Of relation 2: entity 7 to
+# items 1 and 2, entities 5 and 6 to 8.
+TRIPLES = np.array([(1, 1, 5), (2, 1, 5), (3, 1, 5), (4, 1, 6), (7, 2, 1), (7, 2, 2), (5, 2, 8), (6, 2, 8), (3, 1, 5)])
+
+
+def test_tags_are_scaled_by_how_few_items_have_them():
+    tags = tag_factor(TRIPLES, 5).toarray()
+    three, two = np.sqrt(np.log(1 + 4 / 3)), np.sqrt(np.log(1 + 4 / 2))
+    assert tags.shape == (5, 2), "the tag of item 4 alone is left out"
+    np.testing.assert_allclose(tags, [[0, 0], [three, two], [three, two], [three, 0], [0, 0]])
+
+
+def test_direction_and_relation_tell_tags_apart():
+    same = tag_factor(np.array([(1, 1, 3), (2, 1, 3)]), 3)
+    assert same.shape == (3, 1)
+    for other in ((3, 1, 2), (2, 2, 3)):
+        assert tag_factor(np.array([(1, 1, 3), other]), 3).shape == (3, 0)
+
+
+def test_two_hops_reach_the_tags_of_the_neighbours():
+    tags = tag_factor(TRIPLES, 5, n_hops=2).toarray()
+    assert tags.shape == (5, 3)
+    np.testing.assert_allclose(tags[1:, 2], np.sqrt(np.log(1 + 4 / 4)))  # all four items lead to 8 by 1, then 2
+
+
+def test_without_triples_there_are_no_tags():
+    assert tag_factor(np.zeros((0, 3), dtype=np.int64), 4).shape == (4, 0)
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [7, 1024])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["double", "single"])
+def test_weights_equal_the_plain_formula(sources, monkeypatch, block, dtype, tolerance):
+    monkeypatch.setattr(linear, "BLOCK", block)
+    gram = sum(dense(source) @ dense(source).T for source in sources)
+    weights = DenseSolver(dtype).solve(sources, REG)
+    assert weights.dtype == dtype
+    np.testing.assert_allclose(weights.numpy(), plain_ease(gram, REG), atol=tolerance)
+
+
+def test_the_padding_item_has_no_part(sources):
+    gram = sum(dense(source) @ dense(source).T for source in sources)
+    weights = DenseSolver().solve(sources, REG).numpy()
+    assert not weights[0].any() and not weights[:, 0].any()
+    np.testing.assert_allclose(weights[1:, 1:], plain_ease(gram[1:, 1:], REG), atol=1e-10)
+
+
+@pytest.mark.parametrize("prior_weight", [0.0, 3.0])
+def test_every_column_is_the_optimum_that_a_solver_finds(sources, prior_weight):
+    """Each column as a bounded least-squares problem: the item's own weight is held at 0."""
+    prior = np.random.default_rng(1).normal(size=(N_ITEMS, N_ITEMS))
+    np.fill_diagonal(prior, 0)
+    given = (torch.from_numpy(prior.copy()), prior_weight) if prior_weight else ()
+    weights = DenseSolver().solve(sources, REG, *given).numpy()
+    eye = np.eye(N_ITEMS)
+    rows = [*(dense(source).T for source in sources), np.sqrt(REG) * eye, np.sqrt(prior_weight) * eye]
+    for j in (1, 3, 17):
+        target = [*(dense(source)[j] for source in sources), np.zeros(N_ITEMS), np.sqrt(prior_weight) * prior[:, j]]
+        others = np.delete(np.arange(N_ITEMS), j)
+        found = scipy.optimize.lsq_linear(np.concatenate(rows)[:, others], np.concatenate(target), tol=1e-14)
+        assert found.success
+        np.testing.assert_allclose(weights[others, j], found.x, atol=1e-8)
+        assert weights[j, j] == 0
+
+
+def test_neighbours_give_the_same_weights_when_all_items_are_neighbours(sources):
+    whole, near = DenseSolver(), NeighbourSolver(N_ITEMS, step=5)
+    content = whole.solve(sources[1:], REG)
+    np.testing.assert_allclose(near.solve(sources, REG).toarray(), whole.solve(sources, REG).numpy(), atol=1e-10)
+    drawn = near.solve(sources[:1], REG, scipy.sparse.csr_array(content.numpy()), 3.0).toarray()
+    np.testing.assert_allclose(drawn, whole.solve(sources[:1], REG, content, 3.0).numpy(), atol=1e-10)
+
+
+def test_few_neighbours_are_the_optimum_over_them(sources):
+    weights = NeighbourSolver(4).solve(sources, REG).toarray()
+    gram = sum(dense(source) @ dense(source).T for source in sources)
+    for j in range(1, N_ITEMS):
+        near = np.flatnonzero(weights[:, j])
+        assert 0 < len(near) <= 4 and j not in near
+        expected = np.linalg.solve(gram[np.ix_(near, near)] + REG * np.eye(len(near)), gram[near, j])
+        np.testing.assert_allclose(weights[near, j], expected, atol=1e-10)
+
+
+def test_a_matrix_that_cannot_be_inverted_is_named(sources):
+    with pytest.raises(SettingError, match="not positive definite: set reg_weight higher"):
+        DenseSolver().solve(sources, -1.0)
+    with pytest.raises(SettingError, match="not positive definite: set reg_weight higher"):
+        NeighbourSolver(4).solve(sources, -1000.0)
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=CLOSED_FORMS)
+def model_name(request):
+    return request.param
+
+
+def test_without_content_it_is_recbole_s_ease(tiny, build, caplog):
+    ease = build(tiny, "EASE", reg_weight=30.0)
+    plain = build(tiny, "CEASE", reg_weight=30.0, use_features=False, use_kg=False)
+    assert plain.model.sources.keys() == {"interaction"}
+    assert isinstance(ease.model, EASE)
+    torch.testing.assert_close(all_scores(plain), all_scores(ease), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings, names",
+    [
+        ({}, "interaction image text kg"),
+        ({"use_features": False}, "interaction kg"),
+        ({"kg_weight": 0.0}, "interaction image text"),
+        ({"use_kg": False, "modality_weights": {"image": 0.0}}, "interaction text"),
+        ({"use_kg": False, "feature_weight": 0.0}, "interaction"),
+    ],
+    ids=str,
+)
+def test_each_source_is_optional(tiny, build, model_name, settings, names):
+    run = build(tiny, model_name, **settings)
+    assert list(run.model.sources) == names.split()
+    run.trainer.fit(run.train, run.valid, show_progress=False)
+    assert torch.isfinite(all_scores(run)).all()
+
+
+def test_a_source_counts_by_its_weight(tiny, build):
+    run = build(tiny, "CEASE", feature_weight=2.0, modality_weights={"text": 5.0}, kg_weight=0.5)
+    assert {name: source.weight for name, source in run.model.sources.items()} == {
+        "interaction": 1.0, "image": 2.0, "text": 5.0, "kg": 0.5,
+    }  # fmt: skip
+    gram = sum(dense(source) @ dense(source).T for source in run.model.sources.values())
+    expected = plain_ease(gram, run.config["reg_weight"])
+    np.testing.assert_allclose(run.model.weights.numpy(), expected, atol=1e-7)
+
+
+def test_addease_and_l3ae_equal_their_papers_formulas(tiny, build):
+    added = build(tiny, "AddEASE", content_share=0.3, reg_weight=7.0, content_reg_weight=2.0)
+    drawn = build(tiny, "L3AE", content_weight=5.0, reg_weight=7.0, content_reg_weight=2.0)
+    interactions, *content = (dense(source) @ dense(source).T for source in added.model.sources.values())
+    prior = plain_ease(sum(content), 2.0)
+    np.testing.assert_allclose(
+        added.model.weights.numpy(), 0.7 * plain_ease(interactions, 7.0) + 0.3 * prior, atol=1e-7
+    )
+    inverse = np.linalg.inv(interactions + 12.0 * np.eye(len(interactions)))
+    product = inverse @ prior
+    expected = 5.0 * product - inverse * ((1 + 5.0 * np.diag(product)) / np.diag(inverse))
+    np.fill_diagonal(expected, 0)
+    np.testing.assert_allclose(drawn.model.weights.numpy(), expected, atol=1e-7)
+
+
+def test_a_cold_item_is_scored_by_its_content(tiny, build, model_name):
+    run = build(tiny, model_name, cold_items=0.2)
+    plain = build(tiny, model_name, cold_items=0.2, use_features=False, use_kg=False)
+    cold = np.flatnonzero(np.diff(run.model.sources["interaction"].factor.indptr) == 0)[1:]
+    assert len(cold) and len(all_scores(run)[:, cold].unique()) > len(cold)
+    assert not all_scores(plain)[:, cold].any()
+
+
+def test_training_takes_one_epoch_whatever_epochs_says(tiny, build, model_name):
+    run = build(tiny, model_name, epochs=5)
+    run.trainer.fit(run.train, run.valid, show_progress=False)
+    assert list(run.trainer.train_loss_dict) == [0]
+
+
+def test_a_checkpoint_gives_the_same_scores_without_holding_the_weights(tiny, build, model_name):
+    run = build(tiny, model_name)
+    run.trainer.fit(run.train, run.valid, show_progress=False)
+    state = torch.load(run.trainer.saved_model_file, map_location="cpu")
+    assert sum(value.numel() for value in state["state_dict"].values() if isinstance(value, torch.Tensor)) == 1
+    other = build(tiny, model_name)
+    other.trainer.evaluate(other.test, load_best_model=True, model_file=run.trainer.saved_model_file)
+    assert torch.equal(all_scores(other), all_scores(run))
+    for setting, value in {"reg_weight": 77.0, "use_kg": False}.items():
+        changed = build(tiny, model_name, **{setting: value})
+        with pytest.raises(SettingError, match=f"of other settings than {setting}={value}$"):
+            changed.trainer.evaluate(changed.test, load_best_model=True, model_file=run.trainer.saved_model_file)
+
+
+def test_features_that_have_moved_fit_the_checkpoint(tiny, build, tmp_path):
+    run = build(tiny, "CEASE")
+    run.trainer.fit(run.train, run.valid, show_progress=False)
+    moved = build(tiny, "CEASE", feature_path=str(shutil.copytree(tiny, tmp_path / "moved")))
+    moved.trainer.evaluate(moved.test, load_best_model=True, model_file=run.trainer.saved_model_file)
+    assert torch.equal(all_scores(moved), all_scores(run))
+
+
+def test_more_than_max_items_are_solved_by_their_neighbours(tiny, build, model_name, caplog):
+    whole = build(tiny, model_name)
+    near = build(tiny, model_name, max_items=5, n_neighbours=15, state="INFO")
+    with caplog.at_level("INFO"):
+        near.trainer.fit(near.train, near.valid, show_progress=False)
+    assert scipy.sparse.issparse(near.model.weights)
+    torch.testing.assert_close(all_scores(near), all_scores(whole), atol=1e-5, rtol=1e-4)
+    assert "16 items are more than max_items: each item's score takes weights of its 15 nearest" in caplog.text
+
+
+@pytest.mark.parametrize("max_items", [5, 30000])
+def test_pairs_are_scored_as_all_items_are(tiny, build, max_items):
+    run = build(tiny, "CEASE", max_items=max_items)
+    users, items = torch.tensor([3, 1, 3, 7]), torch.tensor([5, 5, 2, 15])
+    pairs = run.model.predict(Interaction({"user_id": users, "item_id": items}))
+    torch.testing.assert_close(pairs, all_scores(run)[users - 1, items])
+
+
+def test_single_precision_is_near_double(tiny, build, model_name):
+    double, single = build(tiny, model_name), build(tiny, model_name, precision="single")
+    torch.testing.assert_close(all_scores(single), all_scores(double), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "model, settings, message",
+    [
+        ("CEASE", {"reg_weight": 0.0}, "reg_weight must be above 0, not 0.0"),
+        ("CEASE", {"precision": "half"}, "precision must be one of double, single, not 'half'"),
+        ("CEASE", {"kg_hops": 3}, r"kg_hops must be in \[1, 2\], not 3"),
+        ("CEASE", {"kg_weight": -1.0}, "kg_weight must be 0 or more, not -1.0"),
+        ("CEASE", {"max_items": 0}, "max_items must be 1 or more, not 0"),
+        ("CEASE", {"modality_weights": {"text": -1.0}}, "modality_weights: text must be 0 or more, not -1.0"),
+        ("CEASE", {"modality_weights": {"audio": 1.0}}, "there is no modality 'audio'; the data set has image, text"),
+        ("AddEASE", {"content_share": 1.0}, r"content_share must be in \(0, 1\), not 1.0"),
+        ("L3AE", {"content_weight": 0.0}, "content_weight must be above 0"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_used_are_named(tiny, build, model, settings, message):
+    with pytest.raises(SettingError, match=message):
+        build(tiny, model, **settings)
+
+
+@pytest.mark.parametrize(
+    "setting", ["learning_rate=0.01", "embedding_size=32", "self_loop=True", "prune_ratio=0.1", "callbacks=[]"]
+)
+def test_settings_of_training_by_gradients_are_unknown_to_it(tiny, model_name, setting):
+    name = setting.split("=")[0]
+    with pytest.warns(UnknownSettingWarning, match=f"unknown setting '{name}': neither RecBole nor {model_name} reads"):
+        make_config(model_name, "tiny", settings={"data_path": str(tiny.parent), **parse_settings([f"--{setting}"])})
+
+
+def test_a_closed_form_runs_no_callbacks(tiny, build):
+    with pytest.warns(UnknownSettingWarning):
+        run = build(tiny, "CEASE", self_loop=True, prune_ratio=0.1, callbacks=["not.there:Callback"])
+    assert run.trainer.callbacks == []
+
+
+def test_the_memory_of_solving_is_that_of_its_matrices(tiny, build):
+    """An item-item matrix of 16 x 16 in the solver's precision, the weights, and three blocks of a Gram matrix."""
+
+    def solving(model, **settings):
+        run = build(tiny, model, **settings)
+        return run.model.memory_parts(run.model.settings, run.train._dataset, 0)["solving"]
+
+    blocks = 3 * 8 * 16**2
+    assert solving("CEASE") == 16**2 * (8 + 4) + blocks
+    assert solving("AddEASE") == 16**2 * (2 * 8 + 4) + blocks
+    assert solving("L3AE") == 16**2 * (3 * 8 + 4) + blocks
+    assert solving("L3AE", precision="single") == 16**2 * 3 * 4 + blocks
+    few, more = (solving("CEASE", max_items=5, n_neighbours=k) for k in (1, 15))
+    assert few < more
+
+
+def test_an_item_without_features_keeps_its_interactions(tiny, build, model_name):
+    run = build(tiny, model_name)
+    lacking = run.dataset.token2id("item_id", "i1")
+    assert not run.model.sources["text"].factor[lacking].any()
+    assert run.model.weights[lacking].any() and run.model.weights[:, lacking].any()
+
+
+# -- serving ---------------------------------------------------------------------------------------------------------
+
+
+def slifmr(capsys, *arguments):
+    """Run a command; return its output, or its error."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    return said.err if stop.value.code else said.out
+
+
+@pytest.mark.parametrize("max_items", [5, 30000])
+def test_an_explanation_adds_up_to_the_score(tiny, build, model_name, capsys, max_items):
+    settings = {**QUIET, "data_path": str(tiny.parent), "max_items": max_items}
+    checkpoint = run(model_name, "tiny", settings=settings).checkpoint
+    command = ["recommend", "--checkpoint", checkpoint, "--users=u2,u9", "--k=3", "--explain"]
+    capsys.readouterr()
+    found = [json.loads(line) for line in slifmr(capsys, *command, "--format=jsonl").splitlines()]
+    plain = build(tiny, model_name, use_features=False, use_kg=False, max_items=max_items)
+    scores = all_scores(plain)
+    assert len(found) == 6
+    for row in found:
+        why, items = row["explanation"], row["explanation"]["items"]
+        user, item = (plain.dataset.token2id(f"{kind}_id", row[kind]) for kind in ("user", "item"))
+        assert why["interactions"] + why["content"] == pytest.approx(row["score"], abs=2e-4)
+        assert why["interactions"] == pytest.approx(float(scores[user - 1, item]), abs=2e-4)
+        if plain.model.history[[user]].nnz <= 5:
+            assert sum(near["score"] for near in items) == pytest.approx(row["score"], abs=1e-3)
+        assert [near["score"] for near in items] == sorted((near["score"] for near in items), reverse=True)
+        assert items[0]["alike"].keys() == {"interaction", "image", "text", "kg"}
+    table = slifmr(capsys, *command)
+    assert "from the user's" in table and found[0]["explanation"]["items"][0]["item"] in table
+
+
+def test_exported_weights_are_the_largest_of_each_column(tiny, model_name, capsys, tmp_path):
+    checkpoint = run(model_name, "tiny", settings={**QUIET, "data_path": str(tiny.parent)}).checkpoint
+    out = tmp_path / "weights"
+    said = slifmr(capsys, "export", "--checkpoint", checkpoint, f"--out={out}", "--n-weights=4")
+    assert said.splitlines() == [str(out / "weights.npz"), str(out / "items.txt")]
+    kept = scipy.sparse.load_npz(out / "weights.npz")
+    assert kept.shape == (15, 15) and len(Path(out / "items.txt").read_text().splitlines()) == 15
+    assert np.diff(kept.tocsc().indptr).max() == 4
+    refused = slifmr(capsys, "export", "--checkpoint", checkpoint, f"--out={out}", "--faiss")
+    assert f"--faiss is for vectors: {model_name} has weights between items" in refused or "faiss-cpu" in refused
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_top_weights_keep_sign_and_place(sparse, monkeypatch):
+    monkeypatch.setattr(linear, "BLOCK", 2)
+    weights = np.array([[0.0, -3.0, 0.5], [1.0, 0.0, -0.7], [-2.0, 0.1, 0.0]])
+    given = scipy.sparse.csr_array(weights) if sparse else torch.from_numpy(weights)
+    assert top_weights(given, 1).toarray().tolist() == [[0, -3, 0], [0, 0, -0.7], [-2, 0, 0]]
+    assert top_weights(given, 2).nnz == 6 and (top_weights(given, 9).toarray() == weights).all()
+
+
+# -- search ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_search_ends_where_no_other_value_is_better(tiny):
+    from benchmarks.closed_forms import search
+
+    space = parse_space({"reg_weight": {"choice": [1.0, 200.0]}, "feature_weight": {"choice": [0.0, 3.0]}})
+    settings = {**QUIET, "data_path": str(tiny.parent)}
+    found = search("CEASE", "tiny", settings, space)
+    assert 3 <= found.n_trials <= 4
+    score = {
+        repr(point): run("CEASE", "tiny", settings={**settings, **point}).best_valid_score for point in grid(space)
+    }
+    near = [{**found.point, name: value} for name, domain in space.items() for value in domain.values]
+    assert found.score == score[repr(found.point)] == max(score[repr(point)] for point in near)
