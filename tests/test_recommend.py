@@ -213,8 +213,9 @@ def test_explanations_are_what_the_files_and_the_graph_say(trained, capsys, buil
     model, data = fresh.model, fresh.train._dataset
     users, items = (data.field2token_id[field] for field in ("user_id", "item_id"))
     views = model.encode()
+    normalize = model.settings.normalize_views
     item_weights = model.item_fusion.weights(
-        torch.nn.functional.normalize(views.items, dim=2) if model.normalize_views else views.items, views.item_mask
+        torch.nn.functional.normalize(views.items, dim=2) if normalize else views.items, views.item_mask
     )
     edges = set(map(tuple, model.feedback_index.T.tolist()))
     z = torch.nn.functional.normalize(model()[1][:, : model.embedding_size], dim=1).detach()
