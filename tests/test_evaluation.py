@@ -12,6 +12,7 @@ from recbole.trainer import Trainer
 from recbole.utils import get_trainer
 
 from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.training.checkpoint import read_checkpoint
 from recbole_slifmr.training.evaluation import evaluate, mask_training_items_only
 from recbole_slifmr.training.experiment import load_data, make_trainer, run
 from recbole_slifmr.training.ranking import BlockLoader, RankingTrainer
@@ -171,7 +172,7 @@ def test_no_metric_is_computed_in_a_python_loop_over_users(tiny, monkeypatch):
 def test_a_resumed_run_without_a_better_epoch_still_has_all_metrics(tiny):
     settings = {**QUIET, **EXACT, "data_path": str(tiny.parent), "epochs": 1}
     first = run("SLIFMR", "tiny", settings=settings)
-    state = torch.load(first.checkpoint)
+    state = read_checkpoint(first.checkpoint)
     torch.save({**state, "best_valid_score": 2.0}, "unbeaten.pth", pickle_protocol=2)
     again = run("SLIFMR", "tiny", settings={**settings, "epochs": 2}, resume="unbeaten.pth")
     assert again.best_valid_score == 2.0 and again.n_epochs == 1
