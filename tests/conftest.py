@@ -27,11 +27,18 @@ QUIET = {
 }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_key(tmp_path_factory):
+    """The key of seals lies in a folder of the tests, also for fixtures of whole modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.getbasetemp() / "data"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _in_empty_folder(tmp_path_factory, monkeypatch):
     """RecBole writes log, log_tensorboard and saved into the working directory."""
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.getbasetemp() / "data"))  # where the key of seals lies
     torch.manual_seed(0)
     np.random.seed(0)
 

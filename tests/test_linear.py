@@ -27,6 +27,7 @@ from recbole_slifmr.nn.linear import (
     top_weights,
 )
 from recbole_slifmr.search.space import grid, parse_space
+from recbole_slifmr.training.checkpoint import read_checkpoint
 from recbole_slifmr.training.experiment import run
 
 CLOSED_FORMS = ("CEASE", "AddEASE", "L3AE")
@@ -239,7 +240,7 @@ def test_training_takes_one_epoch_whatever_epochs_says(tiny, build, model_name):
 def test_a_checkpoint_gives_the_same_scores_without_holding_the_weights(tiny, build, model_name):
     run = build(tiny, model_name)
     run.trainer.fit(run.train, run.valid, show_progress=False)
-    state = torch.load(run.trainer.saved_model_file, map_location="cpu")
+    state = read_checkpoint(run.trainer.saved_model_file)
     assert sum(value.numel() for value in state["state_dict"].values() if isinstance(value, torch.Tensor)) == 1
     other = build(tiny, model_name)
     other.trainer.evaluate(other.test, load_best_model=True, model_file=run.trainer.saved_model_file)
