@@ -146,3 +146,11 @@ def test_the_site_builds_without_warnings_and_loads_nothing_from_a_network(tmp_p
     page = (site / "docs/method.html").read_text(encoding="utf-8")
     assert "<math" in page
     assert re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(?:https?:)?//[^"]+', page) == []
+
+
+def test_the_page_of_faults_names_tests_that_exist():
+    rows = [line for line in (ROOT / "docs" / "trust.md").read_text().splitlines() if line.startswith("| ")]
+    named = [match for row in rows for match in re.findall(r"`tests/(\w+\.py)::(\w+)", row)]
+    assert len(named) >= 40
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file} has no {test}"
