@@ -12,6 +12,7 @@ from recbole.trainer import Trainer
 from recbole.utils import get_trainer
 
 from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.training import ranking
 from recbole_slifmr.training.checkpoint import read_checkpoint
 from recbole_slifmr.training.evaluation import evaluate, mask_training_items_only
 from recbole_slifmr.training.experiment import load_data, make_trainer, run
@@ -190,6 +191,15 @@ def test_the_trainers_of_recbole_keep_their_ways(model, tiny):
     assert isinstance(trainer, RankingTrainer) and isinstance(trainer, own) and type(trainer).__name__ == own.__name__
     trainer.fit(*loaders[:2])
     assert_equals_recbole(trainer, loaders)
+
+
+@pytest.mark.parametrize("model", ["BPR", "SLIFMR"])
+def test_freed_memory_is_kept_while_any_model_trains(model, tiny, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ranking, "keep_freed_memory", lambda: calls.append(model))
+    trainer, (train, valid, _) = prepared(model, tiny, epochs=1, use_gpu=False)
+    trainer.fit(train, valid, saved=False)
+    assert calls == [model], "else the system clears the scores of each block anew, page by page"
 
 
 def test_a_model_that_scores_pairs_is_ranked_too(tiny):

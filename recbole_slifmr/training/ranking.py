@@ -27,6 +27,7 @@ from recbole.utils import EvaluatorType, early_stopping
 from torch import Tensor
 
 from recbole_slifmr.data.history import History
+from recbole_slifmr.training.memory import keep_freed_memory
 from recbole_slifmr.training.metrics import replace_loops
 
 LISTS = ("rec.items", "rec.topk")
@@ -232,6 +233,8 @@ class RankingTrainer(Trainer):
     ) -> tuple[float, dict[str, float] | None]:
         """Train as RecBole's ``fit`` does; the result of the best epoch has all metrics."""
         self._best_lists, self._best_result, self.validation_seconds = None, None, 0.0
+        if self.device.type == "cpu":
+            keep_freed_memory()
         score, result = super().fit(train_data, valid_data, saved=saved, **kwargs)
         if result:
             result = self.best_valid_result = self.best_result()

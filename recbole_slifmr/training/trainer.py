@@ -23,7 +23,6 @@ from recbole_slifmr.training.callback import (
     load_callback,
 )
 from recbole_slifmr.training.checkpoint import check_optimizer, read_checkpoint
-from recbole_slifmr.training.memory import keep_freed_memory
 from recbole_slifmr.training.ranking import RankingTrainer
 
 
@@ -66,8 +65,6 @@ class SLIFMRTrainer(RankingTrainer):
     ) -> tuple[float, dict[str, float] | None]:
         """Train as RecBole's ``Trainer.fit`` does, with the callbacks."""
         self._train_data = train_data
-        if self.device.type == "cpu":
-            keep_freed_memory()
         if self._resumed is not None:
             self._restore_random_states(self._resumed)
         for callback in self.callbacks:
