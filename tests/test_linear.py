@@ -24,8 +24,10 @@ from recbole_slifmr.nn.linear import (
     feature_factor,
     interaction_factor,
     tag_factor,
+    tag_vectors,
     top_weights,
 )
+from recbole_slifmr.nn.linear_branch import LinearBranch
 from recbole_slifmr.search.space import grid, parse_space
 from recbole_slifmr.training.checkpoint import read_checkpoint
 from recbole_slifmr.training.experiment import run
@@ -155,6 +157,37 @@ def test_few_neighbours_are_the_optimum_over_them(sources):
         assert 0 < len(near) <= 4 and j not in near
         expected = np.linalg.solve(gram[np.ix_(near, near)] + REG * np.eye(len(near)), gram[near, j])
         np.testing.assert_allclose(weights[near, j], expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("solver", [DenseSolver(), NeighbourSolver(N_ITEMS)], ids=["dense", "neighbours"])
+def test_leave_one_out_scores_are_those_of_weights_fitted_without_the_user(sources, solver):
+    history = sources[0].factor.T.tocsr()
+    x = history.toarray()
+    branch = LinearBranch(history, sources, REG, 2.5, solver, "cpu")
+    full = sum(dense(source) @ dense(source).T for source in sources)
+    expected = np.stack([row @ plain_ease(full - np.outer(row, row), REG) for row in x])
+    users, items = torch.arange(N_USERS), torch.arange(N_ITEMS).expand(N_USERS, -1)
+    scores = branch.leave_one_out(users, items, torch.from_numpy(x > 0))
+    np.testing.assert_allclose(scores / branch.scale, expected, atol=1e-6)
+    assert branch.scale * expected[x > 0].mean() == pytest.approx(2.5, rel=1e-5)
+    np.testing.assert_allclose(branch.scores(users), branch.scale * x @ plain_ease(full, REG), atol=1e-5)
+    torch.testing.assert_close(branch.pair_scores(users, items), branch.scores(users))
+
+
+def test_tag_vectors_keep_the_inner_products_of_the_tags():
+    rng = np.random.default_rng(0)
+    triples = np.stack([rng.integers(1, 40, 200), rng.integers(0, 3, 200), rng.integers(40, 70, 200)], axis=1)
+    tags = tag_factor(triples, 40).toarray()
+    unit_tags = tags / np.maximum(np.linalg.norm(tags, axis=1, keepdims=True), 1e-12)
+    assert tags.shape[1] > 39
+    for size, tolerance in ((39, 1e-5), (1000, 1e-5)):
+        vectors = tag_vectors(triples, 40, size).numpy()
+        np.testing.assert_allclose(vectors @ vectors.T, unit_tags @ unit_tags.T, atol=tolerance)
+        assert not vectors[0].any()
+    few = tag_vectors(triples, 40, 5).numpy()
+    values = np.linalg.svd(unit_tags, compute_uv=False)
+    assert few.shape == (40, 5)
+    np.testing.assert_allclose(np.linalg.svd(few, compute_uv=False), values[:5], rtol=1e-5)
 
 
 def test_a_matrix_that_cannot_be_inverted_is_named(sources):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import BOARD, all_scores, batch_of
 
+from recbole_slifmr.data.features import KG_TAGS
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.nn import loss
 from recbole_slifmr.nn.graph import knn_graph, unique_edges
@@ -35,19 +36,23 @@ def with_modalities(tiny, n):
 @pytest.mark.parametrize("n_modalities", [0, 1, 5])
 def test_learns_with_any_subset_of_its_inputs(board, build, use_kg, n_modalities):
     with_modalities(board, n_modalities)
-    run = build(board, **BOARD, use_kg=use_kg)
+    run = build(board, **BOARD, use_kg=use_kg, linear_weight=0.0)
     modalities = [f"m{i}" for i in range(n_modalities)]
-    assert run.model.view_names == ["interaction", *modalities, *(["kg"] if use_kg else [])]
+    assert run.model.view_names == ["interaction", *modalities, *([KG_TAGS] if use_kg else [])]
     score, _ = run.trainer.fit(run.train, run.valid, show_progress=False, saved=False)
     assert score >= FLOOR
 
 
 def test_what_does_not_learn_stays_below_the_floor(board, build):
-    run = build(board, **{**BOARD, "learning_rate": 0.0, "epochs": 2})
+    run = build(board, **{**BOARD, "learning_rate": 0.0, "epochs": 2, "linear_weight": 0.0})
     assert run.trainer.fit(run.train, run.valid, show_progress=False, saved=False)[0] < FLOOR
 
 
 SWITCHES = [
+    {"linear_weight": 2.5},
+    {"kg_view": "graph"},
+    {"kg_view": "both"},
+    {"kg_view": "none"},
     {"fusion": "sum"},
     {"fusion": "concat"},
     {"fusion_residual": False},
@@ -71,7 +76,7 @@ SWITCHES = [
 
 @pytest.mark.parametrize("settings", SWITCHES, ids=str)
 def test_every_switch_learns(board, build, settings):
-    run = build(board, **{**BOARD, **settings})
+    run = build(board, **{**BOARD, "linear_weight": 0.0, **settings})
     score, _ = run.trainer.fit(run.train, run.valid, show_progress=False, saved=False)
     assert score >= FLOOR
     assert torch.isfinite(all_scores(run)).all()
@@ -191,12 +196,12 @@ def dense_views(model, dataset, feedback):
     return torch.cat([users[:, None], means[:, 1:]], 1), item_views, user_mask, item_mask
 
 
-def dense_negatives(dataset, user, neg, z_user, z_item, n_candidates):
+def dense_negatives(dataset, user, neg, z_user, z_item, n_candidates, added=None):
     """The negative of each row, picked one by one: see docs/method.md."""
     known = set(zip(*(dataset.inter_feat[field].tolist() for field in ("user_id", "item_id")), strict=True))
     chosen = []
     for row in range(len(user)):
-        scores = z_item @ z_user[row]
+        scores = z_item @ z_user[row] + (0 if added is None else added[row])
         others = [int(neg[(row + k) % len(neg)]) for k in range(1, n_candidates)]
         others = [i for i in others if (int(user[row]), i) not in known]
         chosen.append(max([int(neg[row]), *others], key=lambda i: float(scores[i].detach())))
@@ -206,7 +211,7 @@ def dense_negatives(dataset, user, neg, z_user, z_item, n_candidates):
 @pytest.mark.parametrize("n_candidates", [1, 4, 1000])
 def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(tiny, build, n_candidates):
     weights = {"inter_weight": 0.3, "intra_weight": 0.3, "reg_weight": 0.01}
-    run = build(tiny, kg_min_degree=1, dense_at=0, n_candidates=n_candidates, **weights)
+    run = build(tiny, kg_min_degree=1, kg_view="graph", linear_weight=0.0, n_candidates=n_candidates, **weights)
     model, dataset = run.model, run.train._dataset
     with torch.no_grad():
         for parameter in model.parameters():
@@ -257,93 +262,50 @@ def test_loss_weights_scale_their_terms(tiny, build):
         torch.testing.assert_close(3 * getattr(terms[0], name), getattr(terms[1], name))
 
 
-def test_views_and_hard_negatives_count_less_where_users_have_few_interactions(tiny, build):
-    whole = build(tiny, dense_at=0)
-    users = whole.train._dataset.inter_feat["user_id"]
-    per_user = len(users) / len(users.unique())
-    views, mask = whole.model.encode()[1::2]
-    residual = views[:, 0]
-    fused = whole.model.fuse(whole.model.item_fusion, views, mask) - residual
-    batch = batch_of(whole)
-    terms = whole.model.calculate_loss(batch)
-    for dense_at, share in ((per_user / 2, 1.0), (2 * per_user, 0.5), (8 * per_user, 0.125)):
-        model = build(tiny, dense_at=dense_at, n_candidates=9).model
-        assert model.n_candidates == 1 + 8 * share
-        torch.testing.assert_close(model.fuse(model.item_fusion, views, mask), share * fused + residual)
-        torch.testing.assert_close(model.calculate_loss(batch).intra, terms.intra)
-
-
-def test_popularity_has_a_learned_part_in_the_score_where_users_have_few_interactions(tiny, build):
-    run = build(tiny, dense_at=1000, n_candidates=1)
-    model, items = run.model, run.train._dataset.inter_feat["item_id"]
-    popularity = (1 - model.density.share) * torch.bincount(items, minlength=model.n_items).add(1.0).log()
-    plain = [part.clone() for part in model._final_embeddings()]
-    refreshed = model.refresh_graphs()
-    edges = model.feedback_index
-    batch = batch_of(run)
-    user, pos, neg = model.batch_ids(batch)
-    before = model.train().calculate_loss(batch)
-    model.clear_cache()
-    with torch.no_grad():
-        model.popularity_weight.fill_(0.7)
-
-    after = model.calculate_loss(batch)
-    assert model.popularity_weight.grad is None
-    after.bpr.backward()
-    assert model.popularity_weight.grad != 0
-    users, fused = (part[:, : model.embedding_size].detach() for part in model())
-    scores = users @ fused.T + 0.7 * popularity
-    torch.testing.assert_close(all_scores(run)[:, 1:], scores[1:, 1:])
-    torch.testing.assert_close(after.bpr, loss.bpr_loss(scores[user, pos], scores[user, neg]))
-    assert (after.inter, after.intra, after.reg) == (before.inter, before.intra, before.reg)
-    assert after.bpr != before.bpr
-
-    model.load_other_parameter(None)
-    torch.testing.assert_close(
-        model._final_embeddings()[1][:, : model.embedding_size], plain[1][:, : model.embedding_size]
-    )
-    assert model.refresh_graphs() == refreshed._replace(turnover=1.0)
-    assert torch.equal(model.feedback_index, edges), "neighbours are those of the fused items"
-
-
-def test_the_hardest_negative_is_that_of_the_whole_score(tiny, build):
-    run = build(tiny, dense_at=30, n_candidates=1000)
+def test_the_loss_compares_scores_with_the_linear_part_that_has_not_seen_the_user(tiny, build):
+    run = build(tiny, n_candidates=1000)
     model, dataset = run.model, run.train._dataset
-    assert model.density.share < 1 and model.n_candidates > 100
-    with torch.no_grad():
-        model.popularity_weight.fill_(5.0)
     batch = batch_of(run)
     user, pos, neg = model.batch_ids(batch)
+    every = torch.arange(model.n_items).expand(model.n_users, -1)
+    history = torch.from_numpy(model.linear.history.toarray()) > 0
+    unseen = model.linear.leave_one_out(torch.arange(model.n_users), every, history)
     z_user, z_item = model()
-    hard = dense_negatives(dataset, user, neg, z_user[user], z_item, model.n_candidates)
-    scores = z_user @ z_item.T
+    scores = z_user @ z_item.T + unseen
+    hard = dense_negatives(dataset, user, neg, z_user[user], z_item, 1000, unseen[user])
+    assert (hard != dense_negatives(dataset, user, neg, z_user[user], z_item, 1000)).any()
     torch.testing.assert_close(
         model.train().calculate_loss(batch).bpr, loss.bpr_loss(scores[user, pos], scores[user, hard])
     )
 
 
-@pytest.mark.parametrize("settings", [{"dense_at": 0}, {"dense_at": 0.1}, {"dense_at": 1000, "popularity": False}])
-def test_popularity_has_no_part_on_dense_data_or_switched_off(tiny, build, settings):
-    model = build(tiny, **settings).model
-    assert model.popularity is None
-    assert "popularity_weight" not in model.state_dict()
-    assert [part.shape[1] for part in model()] == [model.embedding_size] * 2
-
-
-def test_a_cold_item_counts_as_popular_as_the_others_are_on_average(tiny, build):
-    run = build(tiny, dense_at=1000, cold_items=0.3)
+def test_a_score_is_the_inner_product_and_the_linear_part_of_all_interactions(tiny, build):
+    run = build(tiny)
     model = run.model
-    popularity, warm = model.popularity[1:], model.warm[1:, 0]
-    assert 0 < (~warm).sum() < model.n_items / 2
-    assert (popularity[warm] > 0).all()
-    torch.testing.assert_close(popularity[~warm], popularity[warm].mean().expand((~warm).sum()))
+    users, items = (part.detach() for part in model())
+    linear = model.linear.scale * torch.from_numpy(model.linear.history.toarray()).float() @ model.linear.weights
+    scores = users @ items.T + linear
+    torch.testing.assert_close(all_scores(run)[:, 1:], scores[1:, 1:])
+    pairs = {"user_id": torch.tensor([1, 2, 2]), "item_id": torch.tensor([3, 1, 4])}
+    torch.testing.assert_close(model.predict(pairs), scores[pairs["user_id"], pairs["item_id"]])
+    without = build(tiny, linear_weight=0.0)
+    assert without.model.linear is None
+    assert not torch.allclose(all_scores(without)[:, 1:], scores[1:, 1:])
+
+
+def test_tags_of_the_knowledge_graph_are_a_view_of_their_own(tiny, build):
+    assert build(tiny, kg_view="tags").model.view_names[-1] == KG_TAGS
+    assert build(tiny, kg_view="graph").model.view_names[-1] == "kg"
+    assert build(tiny, kg_view="both").model.view_names[-2:] == [KG_TAGS, "kg"]
+    assert not {KG_TAGS, "kg"} & set(build(tiny, kg_view="none").model.view_names)
+    assert not {KG_TAGS, "kg"} & set(build(tiny, use_kg=False).model.view_names)
 
 
 # -- graphs --------------------------------------------------------------------------------------------------
 
 
 def test_refresh_links_the_nearest_fused_items_in_all_three_graphs(tiny, build):
-    run = build(tiny, refresh_k=2)
+    run = build(tiny, refresh_k=2, kg_view="both")
     model = run.model
     with torch.no_grad():
         model.eval()
@@ -364,7 +326,7 @@ def test_refresh_links_the_nearest_fused_items_in_all_three_graphs(tiny, build):
 
 @pytest.mark.parametrize("off", ["interaction", "feature", "kg"])
 def test_each_eta_switches_its_graph_off(tiny, build, off):
-    run = build(tiny, item_graph_weight=0.0, **{f"eta_{off}": 0.0})
+    run = build(tiny, item_graph_weight=0.0, kg_view="both", **{f"eta_{off}": 0.0})
     encoder = {
         "interaction": run.model.interaction_encoder,
         "feature": run.model.feature_encoders["text"],
@@ -432,7 +394,7 @@ def test_final_embeddings_are_cached_until_training_refreshing_or_loading(tiny, 
 
 
 def test_diagnostics_by_hand(tiny, build):
-    run = build(tiny)
+    run = build(tiny, kg_view="graph")
     with torch.no_grad():
         for encoder in run.model.feature_encoders.values():
             encoder.projection.weight.zero_()

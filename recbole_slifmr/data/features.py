@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from recbole_slifmr.data.vectors import ItemFile, Vectors, read_vectors
 from recbole_slifmr.errors import DataError, SettingError
 
-RESERVED = ("interaction", "kg", "fused", "modality")  # names of other views
+KG_TAGS = "kg_tags"  # the view of the knowledge graph as features
+RESERVED = ("interaction", "kg", KG_TAGS, "fused", "modality")  # names of other views
 MISSING = {"mask": "lack it", "mean": "get the mean", "zero": "get zeros"}  # what happens to items without a row
 SOURCE_KEYS = ("file", "ids", "field", "missing")
 BLOCK = 2**22  # numbers read at a time

@@ -1,8 +1,8 @@
 r"""Items and users seen through several views, fused: the representations of SLIF-MR (arXiv 2507.09998).
 
 A view each of the interactions, of each modality and of the knowledge graph, with a graph and an encoder of its own
-(``nn/encoder.py``), and attentive fusion of them (``nn/layers.py``). How much the fused views and popularity count
-depends on the data (``nn/density.py``).
+(``nn/encoder.py``), and attentive fusion of them (``nn/layers.py``). Beside them stands a linear model of the same
+data (``nn/linear_branch.py``), whose scores are added.
 """
 
 from __future__ import annotations
@@ -15,14 +15,21 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from recbole_slifmr.data.features import KG_TAGS, ItemFeatures
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import GraphRecommender, feature_size
-from recbole_slifmr.model.settings import Count, FeatureSettings, GraphSettings, Weight, Whole
-from recbole_slifmr.nn.density import Density
+from recbole_slifmr.model.linear import content_sources
+from recbole_slifmr.model.settings import Count, FeatureSettings, GraphSettings, Positive, Weight, Whole
 from recbole_slifmr.nn.encoder import RELATION_WEIGHTS, FeatureEncoder, KnowledgeEncoder, filter_by_degree
 from recbole_slifmr.nn.graph import KNN_SEARCHES
 from recbole_slifmr.nn.layers import FUSIONS, Fusion, unit
+from recbole_slifmr.nn.linear import DenseSolver, NeighbourSolver, Solver, Source, interaction_factor, tag_vectors
+from recbole_slifmr.nn.linear_branch import LinearBranch
 from recbole_slifmr.nn.sparse import SparseMatrix
+
+KG_VIEWS = ("graph", "tags", "both", "none")
+MOST_TAG_NUMBERS = 256
+N_NEIGHBOURS = 200  # weights per item, where there are too many items for a dense matrix
 
 
 class Views(NamedTuple):
@@ -51,6 +58,7 @@ class FusedSettings(FeatureSettings, GraphSettings):
     knn_search: Annotated[str, KNN_SEARCHES]
     item_graph_weight: Weight
     feature_gate: bool
+    kg_view: Annotated[str, KG_VIEWS]
     kg_ego: bool
     kg_relation_weight: Annotated[str, RELATION_WEIGHTS]
     kg_min_degree: Whole
@@ -58,8 +66,11 @@ class FusedSettings(FeatureSettings, GraphSettings):
     fusion: Annotated[str, FUSIONS]
     fusion_residual: bool
     normalize_views: bool
-    dense_at: Weight
-    popularity: bool
+    linear_weight: Weight
+    linear_reg_weight: Positive
+    linear_feature_weight: Weight
+    linear_kg_weight: Weight
+    linear_max_items: Count
 
 
 class FusedRecommender(GraphRecommender):
@@ -76,7 +87,6 @@ class FusedRecommender(GraphRecommender):
     """
 
     settings: FusedSettings
-    popularity: Tensor | None
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -84,7 +94,6 @@ class FusedRecommender(GraphRecommender):
         if settings.knn_search == "approximate" and importlib.util.find_spec("faiss") is None:
             raise SettingError("knn_search: approximate needs FAISS: pip install faiss-cpu, or set it to exact")
         self.embedding_size = size = settings.embedding_size
-        self.density = Density.of(dataset.inter_feat[self.USER_ID], settings.dense_at)
 
         # encoders beside that of the interactions, one per graph
         self.feature_encoders: Mapping[str, FeatureEncoder] = nn.ModuleDict(  # type: ignore[assignment]
@@ -97,11 +106,11 @@ class FusedRecommender(GraphRecommender):
                     settings.feature_gate,
                     settings.knn_search,
                 )
-                for modality, features in self.item_features(dataset).items()
+                for modality, features in self._content(dataset).items()
             }
         )
         self.kg_encoder = None
-        if len(dataset.triples):
+        if len(dataset.triples) and settings.kg_view in ("graph", "both"):
             self.kg_encoder = KnowledgeEncoder(
                 dataset.triples.to(self.device),
                 dataset.entity_num,
@@ -113,17 +122,33 @@ class FusedRecommender(GraphRecommender):
                 settings.kg_ego,
             )
 
-        # fusion and score
+        # fusion and what is added to its scores
         self.view_names = ["interaction", *self.feature_encoders, *(["kg"] if self.kg_encoder is not None else [])]
         self.user_fusion = Fusion(settings.fusion, len(self.view_names), size)
         self.item_fusion = Fusion(settings.fusion, len(self.view_names), size)
-        popularity = None
-        if settings.popularity and self.density.share < 1:
-            warm = None if self.warm is None else self.warm.squeeze(1)
-            popularity = self.density.popularity(self.training_interactions(dataset)[1], self.n_items, warm)
-            self.popularity_weight = nn.Parameter(torch.zeros(()))
-        self.register_buffer("popularity", popularity, persistent=False)
+        self.linear = self._linear_branch(dataset) if settings.linear_weight else None
         self.reset_parameters()
+
+    def _content(self, dataset: Any) -> dict[str, ItemFeatures]:
+        """Return the item features by modality and, if it is seen so, the knowledge graph as features of its own."""
+        features = self.item_features(dataset)
+        if len(dataset.triples) and self.settings.kg_view in ("tags", "both"):
+            values = tag_vectors(dataset.triples.numpy(), self.n_items, MOST_TAG_NUMBERS).to(self.device)
+            features[KG_TAGS] = ItemFeatures(values, values.any(dim=1))
+        return features
+
+    def _linear_branch(self, dataset: Any) -> LinearBranch:
+        settings, (users, items) = self.settings, self.training_interactions(dataset).cpu().numpy()
+        interactions = interaction_factor(users, items, self.n_users, self.n_items)
+        content = content_sources(dataset, {}, settings.linear_feature_weight, settings.linear_kg_weight)
+        return LinearBranch(
+            interactions.T.tocsr(),
+            [Source(interactions), *content.values()],
+            settings.linear_reg_weight,
+            settings.linear_weight,
+            linear_solver(settings, self.n_items, self.device),
+            self.device,
+        )
 
     def reset_parameters(self) -> None:
         """Initialise all parameters; fusion starts as the plain mean of the views."""
@@ -136,12 +161,19 @@ class FusedRecommender(GraphRecommender):
         """Return the bytes of the base, of features propagated ahead and of the knowledge graph."""
         parts = super().memory_parts(settings, dataset, batch_size)
         n_items, size, n_layers = dataset.item_num, settings.embedding_size, settings.kg_n_layers
-        degrees = settings.kg_min_degree, settings.kg_max_degree
-        triples = filter_by_degree(dataset.triples, dataset.entity_num, n_items, degrees)
-        n_others = int((triples[:, [0, 2]].unique() >= n_items).sum())
+        triples, n_others = dataset.triples[:0], 0
+        n_numbers, n_views = feature_size(dataset), len(dataset.item_features)
+        if settings.kg_view in ("graph", "both"):
+            degrees = settings.kg_min_degree, settings.kg_max_degree
+            triples = filter_by_degree(dataset.triples, dataset.entity_num, n_items, degrees)
+            n_others = int((triples[:, [0, 2]].unique() >= n_items).sum())
+        if len(dataset.triples) and settings.kg_view in ("tags", "both"):
+            n_numbers, n_views = n_numbers + MOST_TAG_NUMBERS, n_views + 1
         parts["parameters and Adam"] += 16 * size * n_others
-        parts["features"] = 4 * feature_size(dataset) * (2 * n_items + dataset.user_num)
-        parts["item graphs"] = 16 * len(dataset.item_features) * settings.knn_k * n_items
+        parts["features"] = 4 * n_numbers * (2 * n_items + dataset.user_num)
+        parts["item graphs"] = 16 * n_views * settings.knn_k * n_items
+        if settings.linear_weight:
+            parts["linear branch"] = linear_solver(settings, n_items, "cpu").estimate_memory(n_items, 1)
         parts["knowledge graph"] = 2 * len(triples) * (16 * n_layers + 52)
         parts["training step"] += 4 * size * (n_layers + 4) * (n_items + n_others) * (len(triples) > 0)
         return parts
@@ -179,32 +211,38 @@ class FusedRecommender(GraphRecommender):
 
     def fuse(self, fusion: Fusion, views: Tensor, mask: Tensor) -> Tensor:
         """Fuse ``views [n, V, d]`` into ``z [n, d]``, with the interaction view as residual if so set."""
-        normalize = self.settings.normalize_views
-        fused = fusion(unit(views), mask) * self.density.share if normalize else fusion(views, mask)
+        fused = fusion(unit(views) if self.settings.normalize_views else views, mask)
         return fused + views[:, 0] if self.settings.fusion_residual else fused
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Return the final embeddings of all users ``[n_users, d]`` and items ``[n_items, d]``.
-
-        The fused representations; where popularity has a part in the score, with one more coordinate for it.
-        """
+        """Return the fused representations of all users ``[n_users, d]`` and items ``[n_items, d]``."""
         return self._fuse_all(self.encode())
 
     def _fuse_all(self, views: Views) -> tuple[Tensor, Tensor]:
-        return self._add_popularity(
+        return (
             self.fuse(self.user_fusion, views.users, views.user_mask),
             self.fuse(self.item_fusion, views.items, views.item_mask),
         )
 
-    def _add_popularity(self, z_user: Tensor, z_item: Tensor, items: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Append a coordinate to users ``[n, d]`` and items ``[m, d]``, all or ``items [m]``, if popularity counts.
+    def predict(self, interaction: Any) -> Tensor:
+        """Return the score of each (user, item) pair, ``[B]``."""
+        scores = super().predict(interaction)
+        if self.linear is None:
+            return scores
+        users, items = interaction[self.USER_ID], interaction[self.ITEM_ID]
+        return scores + self.linear.pair_scores(users, items.unsqueeze(1)).squeeze(1)
 
-        1 for users, weight times log-popularity for items: the score gains their product.
-        """
-        if self.popularity is None:
-            return z_user, z_item
-        popularity = self.popularity_weight * _rows(self.popularity, items)
-        return torch.cat([z_user, z_user.new_ones(len(z_user), 1)], 1), torch.cat([z_item, popularity[:, None]], 1)
+    def full_sort_predict(self, interaction: Any) -> Tensor:
+        """Return the scores of all items for each user, ``[B * n_items]``."""
+        scores = super().full_sort_predict(interaction)
+        return scores if self.linear is None else scores.add_(self.linear.scores(interaction[self.USER_ID]).flatten())
+
+
+def linear_solver(settings: FusedSettings, n_items: int, device: torch.device | str) -> Solver[Any]:
+    """Return the solver of the linear branch."""
+    if n_items > settings.linear_max_items:
+        return NeighbourSolver(N_NEIGHBOURS)
+    return DenseSolver(torch.float32, device)
 
 
 def _rows(nodes: Tensor, rows: Tensor | None) -> Tensor:

@@ -73,34 +73,17 @@ class LinearRecommender(DeclaredRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        self.solver = make_solver(self.settings, self.n_items, self.device)
+        settings = self.settings
+        self.solver = make_solver(settings, self.n_items, self.device)
         users, items = (dataset.inter_feat[field].numpy() for field in (self.USER_ID, self.ITEM_ID))
         interactions = interaction_factor(users, items, self.n_users, self.n_items)
         self.history: scipy.sparse.csr_array = interactions.T.tocsr()
-        self.sources = {"interaction": Source(interactions), **self._content(dataset)}
+        weights = settings.modality_weights, settings.feature_weight, settings.kg_weight
+        self.sources = {"interaction": Source(interactions), **content_sources(dataset, *weights, settings.kg_hops)}
         if len(self.sources) == 1:
             self.logger.warning(f"{config['model']} has neither features nor a knowledge graph here: it is EASE then")
         self.anchor = nn.Parameter(torch.zeros(1))  # RecBole's trainer wants something to train
         self._weights: Matrix | None = None
-
-    def _content(self, dataset: Any) -> dict[str, Source]:
-        """Return the modalities and the knowledge graph as sources, each with its weight."""
-        weights = dict.fromkeys(dataset.item_features, self.settings.feature_weight)
-        for name, weight in self.settings.modality_weights.items():
-            if name not in dataset.item_features:
-                known = ", ".join(dataset.item_features) or "none"
-                raise SettingError(f"modality_weights: there is no modality '{name}'; the data set has {known}")
-            check(f"modality_weights: {name}", weight, Weight)
-            weights[name] = weight
-        sources = {
-            name: Source(feature_factor(*features), weights[name])
-            for name, features in dataset.item_features.items()
-            if weights[name]
-        }
-        if self.settings.kg_weight and len(dataset.triples):
-            tags = tag_factor(dataset.triples.numpy(), self.n_items, self.settings.kg_hops)
-            sources["kg"] = Source(tags, self.settings.kg_weight)
-        return sources
 
     @classmethod
     def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
@@ -184,6 +167,38 @@ class LinearRecommender(DeclaredRecommender):
             return torch.from_numpy((history @ weights).toarray().astype(np.float32)).to(self.device)
         items, bounds = (torch.from_numpy(ids.astype(np.int64)) for ids in (history.indices, history.indptr[:-1]))
         return F.embedding_bag(items.to(weights.device), weights, bounds.to(weights.device), mode="sum")
+
+
+def content_sources(
+    dataset: Any, modality_weights: dict[str, float], feature_weight: float, kg_weight: float, kg_hops: int = 1
+) -> dict[str, Source]:
+    """Return the modalities by name and the tags of the knowledge graph as ``kg``, without those that weigh nothing.
+
+    Args:
+        dataset: the training split.
+        modality_weights: by name.
+        feature_weight: of the modalities that have none by name.
+        kg_weight: of the tags.
+        kg_hops: see :func:`~recbole_slifmr.nn.linear.tag_factor`.
+
+    Raises:
+        SettingError: for the weight of a modality that is not there.
+    """
+    weights = dict.fromkeys(dataset.item_features, feature_weight)
+    for name, weight in modality_weights.items():
+        if name not in dataset.item_features:
+            known = ", ".join(dataset.item_features) or "none"
+            raise SettingError(f"modality_weights: there is no modality '{name}'; the data set has {known}")
+        check(f"modality_weights: {name}", weight, Weight)
+        weights[name] = weight
+    sources = {
+        name: Source(feature_factor(*features), weights[name])
+        for name, features in dataset.item_features.items()
+        if weights[name]
+    }
+    if kg_weight and len(dataset.triples):
+        sources["kg"] = Source(tag_factor(dataset.triples.numpy(), dataset.item_num, kg_hops), kg_weight)
+    return sources
 
 
 def make_solver(settings: LinearSettings, n_items: int, device: torch.device | str) -> Solver[Any]:

@@ -10,7 +10,12 @@ the k nearest neighbours among the fused items go back into all three graphs (:m
 .. math::
     L = \mathrm{BPR}(s) + w_{inter} L_{inter} + w_{intra} L_{intra} + \lambda \|E\|^2 .
 
-Scores :math:`s_{ui}` are inner products of the fused :math:`z`; on sparse data popularity has a part in them.
+A score is the inner product of the fused :math:`z` and what a linear model of the same data adds, which in training
+has not seen the user (``nn/linear_branch.py``):
+
+.. math::
+    s_{ui} = z_u^T z_i + w (x_u B)_i .
+
 Where the paper leaves a choice open, ``docs/method.md`` says what was chosen and why.
 """
 
@@ -83,7 +88,6 @@ class SLIFMR(FusedRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        self.n_candidates = self.density.n_candidates(self.settings.n_candidates)
         self.intra_view_indices = self._choose_views(self.settings.intra_views)
         self.feedback_index = torch.zeros(2, 0, dtype=torch.long)
         self._set_item_block(empty_edges(self.device))
@@ -101,7 +105,7 @@ class SLIFMR(FusedRecommender):
     def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
         """Return the bytes of what is fused, of the correlation graph, the contrasts of a step and a refresh."""
         parts = super().memory_parts(settings, dataset, batch_size)
-        n_views, n_items = 2 + len(dataset.item_features), dataset.item_num
+        n_views, n_items = 3 + len(dataset.item_features), dataset.item_num
         parts["item graphs"] += 2 * settings.refresh_k * n_items * (20 + 8 * n_views)
         contrasts = (2 * n_views + 1) * settings.n_negatives + 30 * n_views * settings.embedding_size
         parts["training step"] += 4 * batch_size * contrasts
@@ -125,13 +129,11 @@ class SLIFMR(FusedRecommender):
         items = torch.cat([pos, neg])
         user_views, item_views, user_mask, item_mask = self.encode(user, items)
         fused = self.fuse(self.item_fusion, item_views, item_mask)
-        z_user, z_item = self._add_popularity(self.fuse(self.user_fusion, user_views, user_mask), fused, items)
-        z_pos, z_neg = z_item.split([len(pos), len(neg)])
+        z_user = self.fuse(self.user_fusion, user_views, user_mask)
+        z_pos, z_neg = fused.split([len(pos), len(neg)])
         pos_views, pos_mask = item_views[: len(pos)], item_mask[: len(pos)]
 
-        if self.n_candidates > 1:
-            z_neg = z_neg.index_select(0, self._choose_negatives(user, neg, z_user, z_neg))
-        bpr = bpr_loss((z_user * z_pos).sum(1), (z_user * z_neg).sum(1))
+        bpr = bpr_loss(*self._pair_scores(user, pos, neg, z_user, z_pos, z_neg))
         inter = intra = torch.zeros_like(bpr)
         settings = self.settings
         if settings.inter_weight:
@@ -160,15 +162,28 @@ class SLIFMR(FusedRecommender):
         inter, intra = settings.inter_weight * inter, settings.intra_weight * intra
         return Losses(bpr, inter, intra, settings.reg_weight * self.ego_norm(user, pos, neg))
 
-    def _choose_negatives(self, user: Tensor, neg: Tensor, z_user: Tensor, z_neg: Tensor) -> Tensor:
-        """Return the position in the batch, ``[B]``, of the negative that BPR compares each row with.
+    def _pair_scores(
+        self, user: Tensor, pos: Tensor, neg: Tensor, z_user: Tensor, z_pos: Tensor, z_neg: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scores of the positive and of the negative item of each row, ``[B]`` each.
 
-        The candidates of a row are its own negative and those of the rows after it, drawn just as uniformly.
+        The negative is the one scored highest of ``n_candidates``: the row's own and those of the rows after it, which
+        were drawn just as uniformly.
         """
         rows = torch.arange(len(neg), device=neg.device)
-        candidates = (rows[:, None] + rows[: self.n_candidates]) % len(rows)
-        known = self.interaction_encoder.contains(user[:, None].expand_as(candidates), neg[candidates])
-        return hardest_negatives(z_user, z_neg, candidates, known)
+        candidates = (rows[:, None] + rows[: self.settings.n_candidates]) % len(rows)
+        linear = z_user.new_zeros(len(rows), 1 + candidates.shape[1])
+        if self.linear is not None:
+            known = torch.arange(linear.shape[1], device=neg.device) == 0
+            linear = self.linear.leave_one_out(user, torch.cat([pos[:, None], neg[candidates]], dim=1), known)
+        chosen = rows
+        if candidates.shape[1] > 1:
+            known = self.interaction_encoder.contains(user[:, None].expand_as(candidates), neg[candidates])
+            place = hardest_negatives(z_user, z_neg, candidates, known, linear[:, 1:])
+            chosen = candidates.gather(1, place).squeeze(1)
+            linear = torch.cat([linear[:, :1], linear[:, 1:].gather(1, place)], dim=1)
+        z_neg = z_neg.index_select(0, chosen)
+        return (z_user * z_pos).sum(1) + linear[:, 0], (z_user * z_neg).sum(1) + linear[:, 1]
 
     # -- graphs ---------------------------------------------------------------------------------------------------
 
@@ -178,7 +193,7 @@ class SLIFMR(FusedRecommender):
 
         Blended with the *initial* graphs each time. Parameters, gradients and random states are left alone.
         """
-        items = self._final_embeddings()[1][:, : self.embedding_size]
+        items = self._final_embeddings()[1]
         index, stats = correlation_graph(items, self.settings.refresh_k, self.settings.knn_search, self.feedback_index)
         self._set_feedback(index)
         return stats
@@ -223,5 +238,5 @@ class SLIFMR(FusedRecommender):
         self.train(training)
         return {
             "homogenisation": homogenisation(views.items[1:], views.item_mask[1:]),
-            "smoothing": smoothing(self._final[1][1:, : self.embedding_size]),
+            "smoothing": smoothing(self._final[1][1:]),
         }

@@ -27,6 +27,7 @@ from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 import numpy as np
 import scipy.linalg.lapack
 import scipy.sparse
+import scipy.sparse.linalg
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -103,6 +104,27 @@ def tag_factor(triples: np.ndarray, n_items: int, n_hops: int = 1) -> scipy.spar
     return scipy.sparse.csr_array(shared)
 
 
+def tag_vectors(triples: np.ndarray, n_items: int, size: int) -> Tensor:
+    """Return the items' tags as vectors, ``[n_items, size]`` float32, zeros for items without tags.
+
+    The rows of :func:`tag_factor`, each of unit length, on their ``size`` largest singular directions; with no more
+    than ``size`` tags the rows themselves.
+
+    Args:
+        triples: head, relation, tail, ``[T, 3]``; entity i is item i for ``0 < i < n_items``.
+        n_items: number of items, the padding item 0 included.
+        size: most numbers per item.
+    """
+    tags = tag_factor(triples, n_items)
+    length = np.sqrt(tags.power(2).sum(axis=1))
+    rows = scipy.sparse.csr_array(scipy.sparse.diags_array(1 / np.where(length > 0, length, 1)) @ tags)
+    if rows.shape[1] <= size or n_items <= size:
+        return torch.from_numpy(rows.toarray().astype(np.float32))
+    left, values, _ = scipy.sparse.linalg.svds(rows, k=size, v0=np.ones(min(rows.shape)), return_singular_vectors="u")
+    vectors = np.where(length[:, None] > 0, left * values, 0.0)
+    return torch.from_numpy(np.ascontiguousarray(vectors.astype(np.float32)))
+
+
 def _binary(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> scipy.sparse.csr_array:
     matrix = scipy.sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
     matrix.data[:] = 1.0
@@ -133,6 +155,26 @@ def gram(sources: Sequence[Source], dtype: torch.dtype = torch.float64) -> Tenso
     for rows in _blocks(n_items):
         total[rows] = gram_rows(sources, rows).to(dtype)
     return total
+
+
+def residual_variances(sources: Sequence[Source], reg: float, weights: Matrix) -> Tensor:
+    r"""Return what the other items leave of each item's row, ``[n_items]`` float64: :math:`1 / P_{jj}`.
+
+    :math:`G_{jj} + \lambda - \sum_i G_{ij} B_{ij}`, the Schur complement, for weights B that have no prior.
+
+    Args:
+        sources: of the Gram matrices G.
+        reg: :math:`\lambda`.
+        weights: B, ``[n_items, n_items]``; where its columns have a fixed number of weights, P is that of these items.
+    """
+    n_items = weights.shape[0]
+    explained = torch.empty(n_items, dtype=torch.float64)
+    columns = weights if isinstance(weights, Tensor) else weights.tocsc()
+    for rows in _blocks(n_items):
+        part = columns[:, rows]
+        part = part.double().cpu() if isinstance(part, Tensor) else torch.from_numpy(part.toarray())
+        explained[rows] = (gram_rows(sources, rows).T * part).sum(0)
+    return _diagonal(sources) + reg - explained
 
 
 def _blocks(n_items: int, step: int = BLOCK) -> Iterator[slice]:
@@ -333,6 +375,13 @@ def top_weights(weights: Matrix, k: int) -> scipy.sparse.csc_array:
     kept = scipy.sparse.csc_array((*entries, np.arange(n_items + 1) * k), shape=(n_items, n_items))
     kept.eliminate_zeros()
     return kept
+
+
+def weights_on(weights: Matrix, items: np.ndarray, item: int) -> np.ndarray:
+    """Return the weights that ``item`` has on ``items [n]``, ``[n]`` float64."""
+    if isinstance(weights, Tensor):
+        return weights[torch.from_numpy(items.astype(np.int64)), item].cpu().numpy().astype(np.float64)
+    return weights[items][:, [item]].toarray().ravel()
 
 
 def _diagonal(sources: Sequence[Source]) -> Tensor:

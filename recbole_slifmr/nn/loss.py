@@ -43,22 +43,24 @@ def bpr_loss(pos_score: Tensor, neg_score: Tensor) -> Tensor:
     return F.softplus(neg_score - pos_score).mean()
 
 
-def hardest_negatives(users: Tensor, negatives: Tensor, candidates: Tensor, known: Tensor) -> Tensor:
-    """Return the candidate that each user scores highest by inner product; no gradients.
+def hardest_negatives(
+    users: Tensor, negatives: Tensor, candidates: Tensor, known: Tensor, added: Tensor | float = 0.0
+) -> Tensor:
+    """Return which candidate each user scores highest; no gradients.
 
     Args:
         users: ``[B, d]``.
         negatives: ``[N, d]``.
         candidates: rows of ``negatives``, ``[B, K]``.
         known: ``[B, K]`` bool, what the user interacted with and so is no negative; not all of a row's candidates.
+        added: to the inner products, ``[B, K]``.
 
     Returns:
-        one row of ``negatives`` for each user, ``[B]``.
+        one column of ``candidates`` for each user, ``[B, 1]``.
     """
     with torch.no_grad():
-        scores = torch.einsum("bd,bkd->bk", users, negatives[candidates])
-        best = scores.masked_fill_(known, torch.finfo(scores.dtype).min).argmax(1, keepdim=True)
-    return candidates.gather(1, best).squeeze(1)
+        scores = torch.einsum("bd,bkd->bk", users, negatives[candidates]) + added
+        return scores.masked_fill_(known, torch.finfo(scores.dtype).min).argmax(1, keepdim=True)
 
 
 def collision_mask(ids: Tensor, negative_ids: Tensor) -> Tensor:

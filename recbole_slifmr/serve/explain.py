@@ -19,6 +19,7 @@ from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.slifmr import SLIFMR
 from recbole_slifmr.nn.encoder import filter_by_degree
 from recbole_slifmr.nn.layers import unit
+from recbole_slifmr.nn.linear import weights_on
 from recbole_slifmr.serve.recommend import Ranking
 from recbole_slifmr.serve.trained import Trained
 
@@ -54,12 +55,10 @@ class Explainer:
 
     def _facts(self) -> dict[int, dict[int, int]]:
         """Return the relation with each entity around each item; one of them if there are several."""
-        encoder, facts = self.model.kg_encoder, defaultdict[int, dict[int, int]](dict)
-        if encoder is None:
+        facts, settings, dataset = defaultdict[int, dict[int, int]](dict), self.model.settings, self.trained.dataset
+        if settings.kg_view == "none":
             return facts
-        config, n_items = self.trained.config, self.trained.n_items
-        degrees = (config["kg_min_degree"], config["kg_max_degree"])
-        dataset = self.trained.dataset
+        n_items, degrees = self.trained.n_items, (settings.kg_min_degree, settings.kg_max_degree)
         for head, relation, tail in filter_by_degree(dataset.triples, dataset.entity_num, n_items, degrees).tolist():
             for item, entity in ((head, tail), (tail, head)):
                 if item < n_items:
@@ -78,7 +77,9 @@ class Explainer:
         """Return an explanation of each item of each user.
 
         Returns:
-            per user and place: ``user_views`` and ``item_views``, the weight of each view, or None if the views are
+            per user and place: ``graphs`` and ``linear``, whose sum is the score, and of the latter ``items``, the
+            user's items that add most, each with its exact share (both only where there is a linear branch);
+            ``user_views`` and ``item_views``, the weight of each view, or None if the views are
             concatenated; ``neighbours``, the user's items next to it in the correlation graph, the nearest first, with
             their cosine; ``shared_entities``, those that it has in common with items of the user, the rarest first,
             with its relation and these items. At most five of each.
@@ -92,6 +93,7 @@ class Explainer:
         return [
             [
                 {
+                    **self._linear(int(user), item, float(score)),
                     "user_views": of_users and of_users[row],
                     "item_views": of_items and of_items[place[item]],
                     "neighbours": self._neighbours(int(user), item),
@@ -108,6 +110,23 @@ class Explainer:
             return None
         weights = fusion.weights(unit(views) if self.model.settings.normalize_views else views, mask)
         return [dict(zip(self.model.view_names, _short(row), strict=True)) for row in weights]
+
+    def _linear(self, user: int, item: int, score: float) -> dict[str, Any]:
+        """Return what the linear branch adds to a score, and which of the user's items add most of it."""
+        branch = self.model.linear
+        if branch is None:
+            return {}
+        known = branch.history[[user]].indices
+        shares = branch.scale * weights_on(branch.weights, known, item)
+        largest = [place for place in np.argsort(-shares, kind="stable")[:SHOWN] if shares[place] > 0]
+        tokens = self.trained.item_tokens
+        return {
+            "graphs": round(score - shares.sum(), 4),
+            "linear": round(float(shares.sum()), 4),
+            "items": [
+                {"item": str(tokens[known[place]]), "score": round(float(shares[place]), 4)} for place in largest
+            ],
+        }
 
     def _neighbours(self, user: int, item: int) -> list[dict[str, Any]]:
         near = np.intersect1d(self.neighbours.of_user(item), self.learned.of_user(user))

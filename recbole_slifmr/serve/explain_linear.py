@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 from torch import Tensor
 
 from recbole_slifmr.model.linear import LinearRecommender
-from recbole_slifmr.nn.linear import Matrix
+from recbole_slifmr.nn.linear import Matrix, weights_on
 from recbole_slifmr.serve.recommend import Ranking
 from recbole_slifmr.serve.trained import Trained
 
@@ -53,7 +52,7 @@ class LinearExplainer:
 
     def _explain(self, user: int, item: int) -> dict[str, Any]:
         known = self.model.history[[user]].indices
-        scores, plain = (_entries(matrix, known, item) for matrix in (self.model.weights, self.from_interactions))
+        scores, plain = (weights_on(matrix, known, item) for matrix in (self.model.weights, self.from_interactions))
         tokens = self.trained.item_tokens
         return {
             **_split(scores.sum(), plain.sum()),
@@ -70,12 +69,6 @@ class LinearExplainer:
 
     def _alike(self, first: int, second: int) -> dict[str, float]:
         return {name: _short(_inner(source.factor, first, second)) for name, source in self.model.sources.items()}
-
-
-def _entries(weights: Matrix, rows: np.ndarray, column: int) -> np.ndarray:
-    if isinstance(weights, Tensor):
-        return weights[rows, column].cpu().numpy().astype(np.float64)
-    return scipy.sparse.csr_array(weights)[rows][:, [column]].toarray().ravel()
 
 
 def _inner(factor: Matrix, first: int, second: int) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.files import replace_file
 from recbole_slifmr.model.linear import LinearRecommender
-from recbole_slifmr.nn.linear import top_weights
+from recbole_slifmr.nn.linear import Matrix, top_weights
 from recbole_slifmr.serve.trained import Trained
 
 
@@ -22,7 +22,8 @@ def export(trained: Trained, out: Path, with_faiss: bool = False, n_weights: int
     """Write users and items so that the inner product of two rows is the model's score of the pair.
 
     Of a closed form, whose score is the sum of the item's weights on the user's items, ``weights.npz`` holds the
-    largest weights in SciPy's sparse format: column j has those of item j. ``items.txt`` names rows and columns.
+    largest weights in SciPy's sparse format: column j has those of item j. ``items.txt`` names rows and columns. Of a
+    SLIFMR with a linear branch there are both, and the score is the sum of both.
 
     ``users.npy`` and ``items.npy`` are float32, a row per user or item without the padding row; ``users.txt`` and
     ``items.txt`` hold the token of each row, one a line.
@@ -31,7 +32,7 @@ def export(trained: Trained, out: Path, with_faiss: bool = False, n_weights: int
         trained: the model.
         out: folder, made if it is missing.
         with_faiss: whether to write ``items.faiss`` too, an exact index for inner products.
-        n_weights: weights per item, of a closed form.
+        n_weights: weights per item, of a closed form or a linear branch.
 
     Returns:
         the files.
@@ -44,9 +45,21 @@ def export(trained: Trained, out: Path, with_faiss: bool = False, n_weights: int
     if isinstance(trained.model, LinearRecommender):
         if with_faiss:
             raise SettingError(f"--faiss is for vectors: {trained.config['model']} has weights between items")
-        return _write(lambda: _write_weights(trained, out, n_weights), out)
+        weights = _largest(trained.model.weights, n_weights)
+        return _write(
+            lambda: [_write_weights(out, weights), _write_tokens(out / "items.txt", trained.item_tokens)], out
+        )
     users, items = (_rows(embeddings) for embeddings in trained.embeddings())
-    return _write(lambda: _write_vectors(trained, out, users, items, with_faiss), out)
+    branch = trained.linear_branch
+    if branch is None:
+        return _write(lambda: _write_vectors(trained, out, users, items, with_faiss), out)
+    if with_faiss:
+        raise SettingError("--faiss is for scores that are inner products: a linear branch adds to them here")
+    weights = _largest(branch.weights, n_weights) * np.float32(branch.scale)
+    return _write(
+        lambda: [*_write_vectors(trained, out, users, items, False), _write_weights(out, weights)],
+        out,
+    )
 
 
 def _write(write: Callable[[], list[Path]], out: Path) -> list[Path]:
@@ -69,11 +82,15 @@ def _write_vectors(trained: Trained, out: Path, users: np.ndarray, items: np.nda
     return files
 
 
-def _write_weights(trained: Trained, out: Path, n_weights: int) -> list[Path]:
-    kept = top_weights(trained.model.weights, n_weights)[1:, 1:].astype(np.float32)
+def _largest(weights: Matrix, n_weights: int) -> scipy.sparse.csc_array:
+    """Return the largest weights of each column, without the padding item."""
+    return top_weights(weights, n_weights)[1:, 1:].astype(np.float32)
+
+
+def _write_weights(out: Path, weights: scipy.sparse.csc_array) -> Path:
     file = out / "weights.npz"
-    replace_file(file, lambda part: _save_sparse(part, kept))
-    return [file, _write_tokens(out / "items.txt", trained.item_tokens)]
+    replace_file(file, lambda part: _save_sparse(part, weights))
+    return file
 
 
 def _write_tokens(file: Path, tokens: np.ndarray) -> Path:

@@ -23,6 +23,7 @@ from recbole_slifmr.data.history import History
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.host.settings import bad_input, model_names
 from recbole_slifmr.model.slifmr import SLIFMR
+from recbole_slifmr.nn.linear_branch import LinearBranch
 from recbole_slifmr.paths import find_data_path
 from recbole_slifmr.training.checkpoint import check_data, read_checkpoint
 from recbole_slifmr.training.experiment import set_threads
@@ -101,13 +102,16 @@ class Trained:
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Return users ``[n_users, d]`` and items ``[n_items, d]`` whose inner products are the scores.
 
-        Whatever the model is: embeddings are looked for where RecBole's models have them, and compared with its scores.
+        Of a SLIFMR with a linear branch, they are what it adds to the scores of the branch. Whatever else the model
+        is: embeddings are looked for where RecBole's models have them, and compared with its scores.
 
         Raises:
             SettingError: if the model has none.
         """
         sample = np.unique(np.linspace(1, self.n_users - 1, CHECKED).astype(np.int64))
         expected = self.scores(sample)
+        if self.linear_branch is not None:
+            expected = expected - self.linear_branch.scores(torch.from_numpy(sample).to(expected.device))
         for users, items in self._candidates():
             found = isinstance(users, Tensor) and isinstance(items, Tensor) and users.dim() == items.dim() == 2
             if not found or len(users) != self.n_users or users.shape[1] != items.shape[1]:
@@ -121,13 +125,17 @@ class Trained:
         )
 
     def item_vectors(self) -> Tensor:
-        """Return what items are compared by, ``[n_items, d]``: their embeddings, without SLIFMR's share of popularity.
+        """Return what items are compared by, ``[n_items, d]``: their embeddings.
 
         Raises:
             SettingError: if the model has none.
         """
-        items = self.embeddings()[1]
-        return items[:, : self.model.embedding_size] if isinstance(self.model, SLIFMR) else items
+        return self.embeddings()[1]
+
+    @property
+    def linear_branch(self) -> LinearBranch | None:
+        """What a SLIFMR adds to the inner products of its embeddings; None for other models and without a branch."""
+        return self.model.linear if isinstance(self.model, SLIFMR) else None
 
     def _candidates(self) -> Iterator[tuple[Any, Any]]:
         model = self.model

@@ -1,0 +1,148 @@
+r"""The linear branch: scores of a linear item-item model, to be added to those of a model that is trained beside it.
+
+B is the ridge regression of ``nn/linear.py`` over interactions and content, with
+:math:`P = (G + \lambda I)^{-1}`. A user with the interactions x scores item j with :math:`s_j = (x B)_j`.
+
+While the other model is trained, B must not have seen the user's own row, or every positive item would look explained.
+Refitting without it changes P by a rank of one, so that the leave-one-user-out score follows from B,
+:math:`p_j = P_{jj}` and :math:`h = x P x^T` exactly:
+
+.. math::
+    \ell_j = \frac{s_j}{(1 - h) + p_j s_j^2} \;\; (j \notin x), \qquad
+    \ell_j = 1 - \frac{1 - s_j}{(1 - h) + p_j (1 - s_j)^2} \;\; (j \in x) .
+
+Both follow from :math:`v = x P` with :math:`v_j = -p_j s_j` outside x and :math:`v_j = p_j (1 - s_j)` within, and from
+the Sherman-Morrison formula. Where B has no more than a fixed number of weights per column, they are approximations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from recbole_slifmr.nn.linear import Matrix, Solver, Source, residual_variances
+
+PAIRS = 4096  # pairs of user and item at a time
+MOST_LEVERAGE = 0.99  # of a user's row; with weights cut off, h may come out as 1 or more
+
+
+class LinearBranch:
+    r"""A linear item-item model whose scores have the same scale on every data set.
+
+    The scores are multiplied by a number that makes the mean leave-one-user-out score of the training interactions
+    equal to ``size``. B is solved for when it is first asked for.
+
+    Args:
+        history: which users have which item, ``[n_users, n_items]``.
+        sources: the interactions and what else is known of the items.
+        reg: :math:`\lambda`.
+        size: mean score of a training interaction.
+        solver: of B.
+        device: of the scores.
+    """
+
+    def __init__(
+        self,
+        history: scipy.sparse.csr_array,
+        sources: Sequence[Source],
+        reg: float,
+        size: float,
+        solver: Solver[Any],
+        device: torch.device | str,
+    ) -> None:
+        self.history, self.sources, self.reg, self.size, self.solver = history, sources, reg, size, solver
+        self.device = device
+        self._items = torch.from_numpy(history.indices.astype(np.int64)).to(device)
+        self._bounds = torch.from_numpy(history.indptr.astype(np.int64)).to(device)
+        self._solved: tuple[Matrix, Tensor, Tensor, float] | None = None
+
+    @property
+    def weights(self) -> Matrix:
+        """B, ``[n_items, n_items]``: column j holds what item j's score takes of each item of a user."""
+        return self._solution()[0]
+
+    @property
+    def scale(self) -> float:
+        """What ``x B`` is multiplied by."""
+        return self._solution()[3]
+
+    def scores(self, users: Tensor) -> Tensor:
+        """Return the scores of all items for ``users [B]``, ``[B, n_items]``."""
+        weights, _, _, scale = self._solution()
+        if not isinstance(weights, Tensor):
+            rows = (self.history[users.cpu().numpy()] @ weights).toarray()
+            return torch.from_numpy(rows.astype(np.float32)).to(self.device).mul_(scale)
+        items, starts, _ = self._histories(users)
+        return F.embedding_bag(items, weights, starts, mode="sum").mul_(scale)
+
+    def pair_scores(self, users: Tensor, items: Tensor) -> Tensor:
+        """Return the scores of ``items [B, K]`` for ``users [B]``, ``[B, K]``."""
+        return self._sums(self.weights, users, items) * self.scale
+
+    def leave_one_out(self, users: Tensor, items: Tensor, known: Tensor) -> Tensor:
+        """Return the scores that items would have if B had been solved for without the user, ``[B, K]``.
+
+        Args:
+            users: ``[B]``.
+            items: ``[B, K]``.
+            known: which of the items are among the user's interactions, ``[B, K]`` or what broadcasts to it, bool.
+        """
+        weights, variance, leverage, scale = self._solution()
+        sums = self._sums(weights, users, items)
+        return scale * _without_user(sums, variance[items], leverage[users].unsqueeze(1), known)
+
+    def _solution(self) -> tuple[Matrix, Tensor, Tensor, float]:
+        """Return B, the diagonal of P ``[n_items]``, the leverage h of each user ``[n_users]`` and the scale."""
+        if self._solved is None:
+            weights = self.solver.solve(self.sources, self.reg)
+            variance = (1 / residual_variances(self.sources, self.reg, weights)).float().to(self.device)
+            weights = weights.float().to(self.device) if isinstance(weights, Tensor) else weights
+            users = torch.repeat_interleave(torch.arange(len(self._bounds) - 1, device=self.device), self._counts())
+            sums = [
+                self._sums(weights, users[start : start + PAIRS], self._items[start : start + PAIRS, None])
+                for start in range(0, len(users), PAIRS)
+            ]
+            own, of_item = torch.cat(sums).squeeze(1), variance[self._items]
+            leverage = _sums_of_rows((of_item * (1 - own)).unsqueeze(1), self._bounds[:-1])
+            leverage = leverage.squeeze(1).clamp(max=MOST_LEVERAGE)
+            mean = float(_without_user(own, of_item, leverage[users], torch.ones_like(users, dtype=torch.bool)).mean())
+            self._solved = weights, variance, leverage, self.size / mean if mean > 0 else 0.0
+        return self._solved
+
+    def _counts(self) -> Tensor:
+        return self._bounds[1:] - self._bounds[:-1]
+
+    def _histories(self, users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the items of the users one after another ``[N]``, where each user begins ``[B]``, and whose."""
+        counts = self._counts()[users]
+        rows = torch.repeat_interleave(torch.arange(len(users), device=users.device), counts)
+        starts = counts.cumsum(0) - counts
+        places = (self._bounds[users] - starts)[rows] + torch.arange(len(rows), device=users.device)
+        return self._items[places], starts, rows
+
+    def _sums(self, weights: Matrix, users: Tensor, items: Tensor) -> Tensor:
+        """Return the sum of the weights of ``items [B, K]`` on the items of ``users [B]``, ``[B, K]``."""
+        if isinstance(weights, Tensor):
+            known, starts, rows = self._histories(users)
+            entries = weights[known.unsqueeze(1), items[rows]]
+            return _sums_of_rows(entries, starts)
+        own, columns = self.history[users.cpu().numpy()], weights.T.tocsr()
+        sums = [own.multiply(columns[column]).sum(axis=1) for column in items.T.cpu().numpy()]
+        return torch.from_numpy(np.stack(sums, axis=1).astype(np.float32)).to(users.device)
+
+
+def _sums_of_rows(rows: Tensor, starts: Tensor) -> Tensor:
+    """Return the sum of the rows from each start to the next, ``[N, K]`` and ``[B]`` -> ``[B, K]``."""
+    return F.embedding_bag(torch.arange(len(rows), device=rows.device), rows, starts, mode="sum")
+
+
+def _without_user(sums: Tensor, variance: Tensor, leverage: Tensor, known: Tensor) -> Tensor:
+    rest = torch.where(known, 1 - sums, sums)
+    score = rest / ((1 - leverage) + variance * rest.square())
+    return torch.where(known, 1 - score, score)
