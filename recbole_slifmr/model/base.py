@@ -41,6 +41,20 @@ class DeclaredRecommender(GeneralRecommender):
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         self.settings = self.settings_class.read(config)
+        self.check(config, dataset)
+
+    @classmethod
+    def check(cls, config: Any, dataset: Any) -> None:
+        """Refuse what the model cannot do with, without building anything; also called when the model is built.
+
+        Args:
+            config: RecBole's configuration.
+            dataset: the training split.
+
+        Raises:
+            SettingError: for settings that cannot be used.
+            DataError: for data that the model needs and that are not there.
+        """
 
     @classmethod
     def estimate_memory(cls, config: Any, dataset: Any) -> dict[str, float]:
@@ -98,22 +112,28 @@ class EmbeddingRecommender(DeclaredRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        for setting, method in (("prune_ratio", "prune_interactions"), ("self_loop", "refresh_graphs")):
-            if getattr(self.settings, setting) and not hasattr(self, method):
-                raise SettingError(f"{config['model']} cannot do what {setting} asks for: leave it off")
-        if self.needs_negatives and config["train_neg_sample_args"]["distribution"] == "none":
-            raise SettingError(
-                "train_neg_sample_args: the model learns from sampled negative items: name a distribution"
-            )
-        if self.needs_features and not dataset.item_features:
-            folder = config["feature_path"] or dataset.dataset_path
-            fix = f"put .npy files such as text.npy into {folder} or name them in 'modalities'"
-            if not self.settings.use_features:
-                fix = "set use_features to True"
-            raise DataError(f"{config['model']} needs item features and '{dataset.dataset_name}' has none: {fix}")
         self._final: tuple[Tensor, Tensor] | None = None
         warm = (~is_cold(dataset)).unsqueeze(1).to(self.device) if config["cold_items"] else None
         self.register_buffer("warm", warm, persistent=False)
+
+    @classmethod
+    def check(cls, config: Any, dataset: Any) -> None:
+        """Refuse what the trainer is asked for and the model cannot do, and a data set without what it needs."""
+        super().check(config, dataset)
+        settings = cls.settings_class.read(config)
+        for setting, method in (("prune_ratio", "prune_interactions"), ("self_loop", "refresh_graphs")):
+            if getattr(settings, setting) and not hasattr(cls, method):
+                raise SettingError(f"{config['model']} cannot do what {setting} asks for: leave it off")
+        if cls.needs_negatives and config["train_neg_sample_args"]["distribution"] == "none":
+            raise SettingError(
+                "train_neg_sample_args: the model learns from sampled negative items: name a distribution"
+            )
+        if cls.needs_features and not dataset.item_features:
+            folder = config["feature_path"] or dataset.dataset_path
+            fix = f"put .npy files such as text.npy into {folder} or name them in 'modalities'"
+            if not settings.use_features:
+                fix = "set use_features to True"
+            raise DataError(f"{config['model']} needs item features and '{dataset.dataset_name}' has none: {fix}")
 
     def reset_parameters(self) -> None:
         """Initialise the parameters, as RecBole's models do: Xavier's uniform distribution, biases 0."""

@@ -78,11 +78,17 @@ class FusedRecommender(GraphRecommender):
     settings: FusedSettings
     popularity: Tensor | None
 
+    @classmethod
+    def check(cls, config: Any, dataset: Any) -> None:
+        """Refuse an approximate search without FAISS, beside what every model refuses."""
+        super().check(config, dataset)
+        settings: Any = cls.settings_class.read(config)
+        if settings.knn_search == "approximate" and importlib.util.find_spec("faiss") is None:
+            raise SettingError("knn_search: approximate needs FAISS: pip install faiss-cpu, or set it to exact")
+
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         settings = self.settings
-        if settings.knn_search == "approximate" and importlib.util.find_spec("faiss") is None:
-            raise SettingError("knn_search: approximate needs FAISS: pip install faiss-cpu, or set it to exact")
         self.embedding_size = size = settings.embedding_size
         self.density = Density.of(dataset.inter_feat[self.USER_ID], settings.dense_at)
 

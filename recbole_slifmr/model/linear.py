@@ -71,6 +71,17 @@ class LinearRecommender(DeclaredRecommender):
     loss_names = ("none",)
     n_matrices: ClassVar[int]
 
+    @classmethod
+    def check(cls, config: Any, dataset: Any) -> None:
+        """Refuse the weight of a modality that is not there, beside what every model refuses."""
+        super().check(config, dataset)
+        settings: Any = cls.settings_class.read(config)
+        for name, weight in settings.modality_weights.items():
+            if name not in dataset.item_features:
+                known = ", ".join(dataset.item_features) or "none"
+                raise SettingError(f"modality_weights: there is no modality '{name}'; the data set has {known}")
+            check(f"modality_weights: {name}", weight, Weight)
+
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         self.solver = make_solver(self.settings, self.n_items, self.device)
@@ -86,12 +97,7 @@ class LinearRecommender(DeclaredRecommender):
     def _content(self, dataset: Any) -> dict[str, Source]:
         """Return the modalities and the knowledge graph as sources, each with its weight."""
         weights = dict.fromkeys(dataset.item_features, self.settings.feature_weight)
-        for name, weight in self.settings.modality_weights.items():
-            if name not in dataset.item_features:
-                known = ", ".join(dataset.item_features) or "none"
-                raise SettingError(f"modality_weights: there is no modality '{name}'; the data set has {known}")
-            check(f"modality_weights: {name}", weight, Weight)
-            weights[name] = weight
+        weights |= self.settings.modality_weights
         sources = {
             name: Source(feature_factor(*features), weights[name])
             for name, features in dataset.item_features.items()
