@@ -236,9 +236,17 @@ def _outcome(task: Task, status: int | None = None) -> str:
 
 def prepare_processes() -> None:
     """Begin to import what every run needs, beside what this process does; without effect where runs are spawned."""
-    if _start_method() == "forkserver":
-        multiprocessing.set_forkserver_preload(["recbole_slifmr.study.preload"])
+    if _start_method() != "forkserver":
+        return
+    multiprocessing.set_forkserver_preload(["recbole_slifmr.study.preload"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))  # Python hands on no path of its own
+    try:
         forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 @functools.cache
