@@ -9,9 +9,10 @@ from conftest import QUIET, write_table
 
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.model import MODELS as PACKAGE_MODELS
-from recbole_slifmr.search.trial import CHECKPOINT, load_trial_data, pack, run_trial
+from recbole_slifmr.search.trial import CHECKPOINT, load_trial_data, run_trial
 from recbole_slifmr.training.checkpoint import read_checkpoint
 from recbole_slifmr.training.experiment import run
+from recbole_slifmr.training.shared import pack
 
 SETTINGS = {**QUIET, "epochs": 4, "valid_metric": "NDCG@5"}  # Recall@10 of 15 items says little
 MODELS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import click
@@ -37,4 +38,4 @@ def benchmark_command(context: click.Context, dataset: str, models: str, config_
         settings=parse_settings(context.args),
         **options,
     )
-    run_live(plan, lambda on_tick: run_plan(plan, on_tick=on_tick, **running))
+    run_live(plan, partial(run_plan, plan, **running))

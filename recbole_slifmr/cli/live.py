@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from recbole_slifmr.study.benchmark import Benchmark
+from recbole_slifmr.study.runs import STARTING
 from recbole_slifmr.study.task import Task, read_progress
 
 MOST_LINES = 12
@@ -28,6 +29,7 @@ class LiveTable:
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tasks
         self.states: dict[str, str] = {}
+        self.doing = "reading the settings"
         self.live = Live(self._table(), console=Console(stderr=True), refresh_per_second=4)
 
     def __enter__(self) -> LiveTable:
@@ -44,13 +46,19 @@ class LiveTable:
         self.states = dict(states)
         self.live.update(self._table())
 
+    def tell(self, words: str) -> None:
+        """Show what is being done beside the runs, in a few words; nothing for none."""
+        self.doing = words
+        self.live.update(self._table(), refresh=True)
+
     def _table(self) -> Table:
         table = Table("run", "progress", "epochs", "best validation", "state", box=None)
+        table.title, table.title_justify = self.doing or None, "left"
         counts = Counter(self._word(task) for task in self.tasks)
         shown = list(self.tasks)
         if len(shown) > MOST_LINES:
             table.caption = ", ".join(f"{number} {word}" for word, number in counts.items())
-            shown = [task for task in shown if self._word(task) in ("running", "failed")][:MOST_LINES]
+            shown = [task for task in shown if self._word(task) in ("running", STARTING, "failed")][:MOST_LINES]
         for task in shown:
             points = read_progress(task)
             state = self.states.get(task.name, "waiting")
@@ -63,21 +71,23 @@ class LiveTable:
 
     def _word(self, task: Task) -> str:
         state = self.states.get(task.name, "waiting")
-        return state if state in ("done", "running", "waiting") else "failed"
+        return state if state in ("done", "running", STARTING, "waiting") else "failed"
 
 
-def run_live(plan: Benchmark, run: Callable[[Callable[[Mapping[str, str]], None]], Any]) -> None:
+def run_live(plan: Benchmark, run: Callable[..., Any]) -> None:
     """Show the runs of a plan as they go, then print its table and where the outputs are.
 
     Args:
         plan: what is run.
-        run: runs it; called with what is to be told the states of the runs.
+        run: runs it; called with ``on_tick``, which is to be told the states of the runs, and ``tell``, which is to be
+            told what else is done.
 
     Raises:
         click.ClickException: if every run failed.
     """
     with LiveTable(plan.tasks) as live:
-        run(live.update)
+        run(on_tick=live.update, tell=live.tell)
+        live.tell("")
     failed = [name for name, state in live.states.items() if state != "done"]
     table = plan.out / "table.md"
     if len(failed) == len(live.states):

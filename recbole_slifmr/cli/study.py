@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import click
@@ -49,7 +50,7 @@ def study(context: click.Context, name: str, dataset: str, config_files: str, **
     if keep_data:
         for folder in write_data(plan):
             click.echo(f"data: {folder}")
-    run_live(plan, lambda on_tick: run_study(plan, on_tick=on_tick, **running))
+    run_live(plan, partial(run_study, plan, **running))
 
 
 def _values(text: str | None) -> list[Any] | None:

@@ -20,6 +20,8 @@ from recbole_slifmr.model.settings import DataSettings, GraphSettings, ModelSett
 from recbole_slifmr.nn.encoder import InteractionEncoder
 from recbole_slifmr.nn.loss import bpr_loss, l2_loss
 
+KEPT_BLOCK = 2**27  # bytes; see ``training/memory.py``
+
 
 class DeclaredRecommender(GeneralRecommender):
     """A model that declares its settings and says how much memory it takes.
@@ -41,13 +43,28 @@ class DeclaredRecommender(GeneralRecommender):
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         self.settings = self.settings_class.read(config)
+        self.check(config, dataset)
+
+    @classmethod
+    def check(cls, config: Any, dataset: Any) -> None:
+        """Refuse what the model cannot do with, without building anything; also called when the model is built.
+
+        Args:
+            config: RecBole's configuration.
+            dataset: the training split.
+
+        Raises:
+            SettingError: for settings that cannot be used.
+            DataError: for data that the model needs and that are not there.
+        """
 
     @classmethod
     def estimate_memory(cls, config: Any, dataset: Any) -> dict[str, float]:
         """Estimate the memory in MB that training takes, part by part, from the sizes of its tensors.
 
         ``process`` is what this process takes now, with libraries and data; the rest is added by training: what else of
-        the libraries it loads (65 MB, as measured), :meth:`memory_parts`, and the scores of an evaluation.
+        the libraries it loads (65 MB, as measured), :meth:`memory_parts`, and an evaluation, see
+        :func:`evaluation_memory`.
 
         Args:
             config: RecBole's configuration.
@@ -58,7 +75,7 @@ class DeclaredRecommender(GeneralRecommender):
             "process": process,
             "libraries of training": 65_000_000,
             **cls.memory_parts(cls.settings_class.read(config), dataset, config["train_batch_size"]),
-            "evaluation": 24 * config["eval_batch_size"],
+            "evaluation": evaluation_memory(config, dataset),
         }
         return {name: round(value / 1e6, 1) for name, value in parts.items()}
 
@@ -66,6 +83,19 @@ class DeclaredRecommender(GeneralRecommender):
     def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
         """Return the bytes of what the model adds: parameters, features, graphs, the largest tensors of a step."""
         raise NotImplementedError
+
+
+def evaluation_memory(config: Any, dataset: Any) -> int:
+    """Return the bytes that ranking all items takes on the CPU.
+
+    A block of scores is there with the one before it, in float32, and with a mask of one byte per score: 9 bytes per
+    score. Blocks of up to 128 MiB stay with the process when they are freed, and leave holes of as much again (18 and
+    17 bytes measured with 8 and 34 million scores, 9 with 67 million). The lists have an item, 8 bytes, and a hit, 4
+    bytes, per place.
+    """
+    rows = min(max(config["eval_batch_size"] // dataset.item_num, 1), dataset.user_num)
+    n_scores = rows * dataset.item_num
+    return (18 if 4 * n_scores <= KEPT_BLOCK else 9) * n_scores + 12 * dataset.user_num * max(config["topk"])
 
 
 class EmbeddingRecommender(DeclaredRecommender):
@@ -98,22 +128,28 @@ class EmbeddingRecommender(DeclaredRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        for setting, method in (("prune_ratio", "prune_interactions"), ("self_loop", "refresh_graphs")):
-            if getattr(self.settings, setting) and not hasattr(self, method):
-                raise SettingError(f"{config['model']} cannot do what {setting} asks for: leave it off")
-        if self.needs_negatives and config["train_neg_sample_args"]["distribution"] == "none":
-            raise SettingError(
-                "train_neg_sample_args: the model learns from sampled negative items: name a distribution"
-            )
-        if self.needs_features and not dataset.item_features:
-            folder = config["feature_path"] or dataset.dataset_path
-            fix = f"put .npy files such as text.npy into {folder} or name them in 'modalities'"
-            if not self.settings.use_features:
-                fix = "set use_features to True"
-            raise DataError(f"{config['model']} needs item features and '{dataset.dataset_name}' has none: {fix}")
         self._final: tuple[Tensor, Tensor] | None = None
         warm = (~is_cold(dataset)).unsqueeze(1).to(self.device) if config["cold_items"] else None
         self.register_buffer("warm", warm, persistent=False)
+
+    @classmethod
+    def check(cls, config: Any, dataset: Any) -> None:
+        """Refuse what the trainer is asked for and the model cannot do, and a data set without what it needs."""
+        super().check(config, dataset)
+        settings = cls.settings_class.read(config)
+        for setting, method in (("prune_ratio", "prune_interactions"), ("self_loop", "refresh_graphs")):
+            if getattr(settings, setting) and not hasattr(cls, method):
+                raise SettingError(f"{config['model']} cannot do what {setting} asks for: leave it off")
+        if cls.needs_negatives and config["train_neg_sample_args"]["distribution"] == "none":
+            raise SettingError(
+                "train_neg_sample_args: the model learns from sampled negative items: name a distribution"
+            )
+        if cls.needs_features and not dataset.item_features:
+            folder = config["feature_path"] or dataset.dataset_path
+            fix = f"put .npy files such as text.npy into {folder} or name them in 'modalities'"
+            if not settings.use_features:
+                fix = "set use_features to True"
+            raise DataError(f"{config['model']} needs item features and '{dataset.dataset_name}' has none: {fix}")
 
     def reset_parameters(self) -> None:
         """Initialise the parameters, as RecBole's models do: Xavier's uniform distribution, biases 0."""

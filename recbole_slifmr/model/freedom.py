@@ -34,6 +34,19 @@ from recbole_slifmr.nn.loss import bpr_loss
 from recbole_slifmr.nn.sparse import SparseMatrix
 
 
+def read_weights(features: Mapping[str, ItemFeatures], weights: Mapping[str, float] | None) -> Mapping[str, float]:
+    """Return the weight of each modality, equal ones if there are none.
+
+    Raises:
+        SettingError: if ``weights`` does not name just the modalities, or a weight is negative or all are 0.
+    """
+    weights = weights or dict.fromkeys(features, 1.0)
+    named = isinstance(weights, Mapping) and set(weights) == set(features)
+    if not named or min(weights.values()) < 0 or not any(weights.values()):
+        raise SettingError(f"modality_weights must give each of {', '.join(features)} a weight, not {weights}")
+    return weights
+
+
 def frozen_graph(features: Mapping[str, ItemFeatures], k: int, weights: Mapping[str, float] | None = None) -> Edges:
     """Return the weighted sum of the normalised nearest-neighbour graphs of all modalities.
 
@@ -45,10 +58,7 @@ def frozen_graph(features: Mapping[str, ItemFeatures], k: int, weights: Mapping[
     Raises:
         SettingError: if ``weights`` does not name just the modalities, or a weight is negative or all are 0.
     """
-    weights = weights or dict.fromkeys(features, 1.0)
-    named = isinstance(weights, Mapping) and set(weights) == set(features)
-    if not named or min(weights.values()) < 0 or not any(weights.values()):
-        raise SettingError(f"modality_weights must give each of {', '.join(features)} a weight, not {weights}")
+    weights = read_weights(features, weights)
     total = sum(weights.values())
     graphs = {name: normalized_knn(values, k, mask) for name, (values, mask) in features.items()}
     return sum_edges(
@@ -80,6 +90,12 @@ class FREEDOM(GraphRecommender):
     settings: FREEDOMSettings
     needs_features = True
     loss_names = ("bpr", "feature")
+
+    @classmethod
+    def check(cls, config: Any, dataset: Any) -> None:
+        """Refuse weights that are none of the modalities', beside what every model refuses."""
+        super().check(config, dataset)
+        read_weights(dataset.item_features, cls.settings_class.read(config).modality_weights)
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)

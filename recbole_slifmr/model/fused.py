@@ -88,11 +88,17 @@ class FusedRecommender(GraphRecommender):
 
     settings: FusedSettings
 
+    @classmethod
+    def check(cls, config: Any, dataset: Any) -> None:
+        """Refuse an approximate search without FAISS, beside what every model refuses."""
+        super().check(config, dataset)
+        settings: Any = cls.settings_class.read(config)
+        if settings.knn_search == "approximate" and importlib.util.find_spec("faiss") is None:
+            raise SettingError("knn_search: approximate needs FAISS: pip install faiss-cpu, or set it to exact")
+
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         settings = self.settings
-        if settings.knn_search == "approximate" and importlib.util.find_spec("faiss") is None:
-            raise SettingError("knn_search: approximate needs FAISS: pip install faiss-cpu, or set it to exact")
         self.embedding_size = size = settings.embedding_size
 
         # encoders beside that of the interactions, one per graph

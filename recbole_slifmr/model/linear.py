@@ -71,6 +71,17 @@ class LinearRecommender(DeclaredRecommender):
     loss_names = ("none",)
     n_matrices: ClassVar[int]
 
+    @classmethod
+    def check(cls, config: Any, dataset: Any) -> None:
+        """Refuse the weight of a modality that is not there, beside what every model refuses."""
+        super().check(config, dataset)
+        settings: Any = cls.settings_class.read(config)
+        for name, weight in settings.modality_weights.items():
+            if name not in dataset.item_features:
+                known = ", ".join(dataset.item_features) or "none"
+                raise SettingError(f"modality_weights: there is no modality '{name}'; the data set has {known}")
+            check(f"modality_weights: {name}", weight, Weight)
+
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         settings = self.settings
@@ -180,17 +191,8 @@ def content_sources(
         feature_weight: of the modalities that have none by name.
         kg_weight: of the tags.
         kg_hops: see :func:`~recbole_slifmr.nn.linear.tag_factor`.
-
-    Raises:
-        SettingError: for the weight of a modality that is not there.
     """
-    weights = dict.fromkeys(dataset.item_features, feature_weight)
-    for name, weight in modality_weights.items():
-        if name not in dataset.item_features:
-            known = ", ".join(dataset.item_features) or "none"
-            raise SettingError(f"modality_weights: there is no modality '{name}'; the data set has {known}")
-        check(f"modality_weights: {name}", weight, Weight)
-        weights[name] = weight
+    weights = dict.fromkeys(dataset.item_features, feature_weight) | modality_weights
     sources = {
         name: Source(feature_factor(*features), weights[name])
         for name, features in dataset.item_features.items()

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from recbole_slifmr.data.cold import ColdScoring
+from recbole_slifmr.data.features import KG_TAGS
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import full_precision
 from recbole_slifmr.model.fused import FusedRecommender, FusedSettings
@@ -92,12 +93,17 @@ class SLIFMR(FusedRecommender):
         self.feedback_index = torch.zeros(2, 0, dtype=torch.long)
         self._set_item_block(empty_edges(self.device))
 
-    def _choose_views(self, names: Sequence[str]) -> list[int]:
-        """Return the positions of the views that ``intra_views`` names."""
-        known = ("interaction", "modality", "kg", *self.feature_encoders)
-        for name in names:
+    @classmethod
+    def check(cls, config: Any, dataset: Any) -> None:
+        """Refuse a name in ``intra_views`` that is no view, beside what every fused model refuses."""
+        super().check(config, dataset)
+        known = ("interaction", "modality", "kg", KG_TAGS, *dataset.item_features)
+        for name in cls.settings_class.read(config).intra_views:
             if name not in known:
                 raise SettingError(f"intra_views: '{name}' is none of {', '.join(known)}")
+
+    def _choose_views(self, names: Sequence[str]) -> list[int]:
+        """Return the positions of the views that ``intra_views`` names."""
         chosen = set(names) | (set(self.feature_encoders) if "modality" in names else set())
         return [v for v, name in enumerate(self.view_names) if name in chosen]
 

@@ -6,8 +6,6 @@ The test split is neither held nor scored.
 
 from __future__ import annotations
 
-import io
-import pickle
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,22 +45,6 @@ def load_trial_data(config: Config, split_seed: int) -> TrialData:
             if hasattr(loader._sampler, name):
                 setattr(loader._sampler, name, None)
     return TrialData(train, valid)
-
-
-def pack(data: TrialData) -> bytes:
-    """Pickle the loaders for other processes; read back with ``pickle.loads``."""
-    file = io.BytesIO()
-    _Pickler(file, protocol=5).dump(data)
-    return file.getvalue()
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles tensors as arrays, several times as fast as torch does: a loader holds two tensors per user."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if type(value) is torch.Tensor and value.layout is torch.strided:
-            return torch.from_numpy, (value.numpy(),)
-        return NotImplemented
 
 
 def _parts(loader: Any) -> list[Any]:

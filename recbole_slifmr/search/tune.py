@@ -30,12 +30,15 @@ from ray.tune.search.optuna import OptunaSearch
 from recbole_slifmr.errors import DataError, SettingError, one_line
 from recbole_slifmr.files import replace_file, write_json
 from recbole_slifmr.host.seal import seal, unseal
+from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.search import outcome
 from recbole_slifmr.search.outcome import Ended, Outcome
 from recbole_slifmr.search.plan import DATA, Search, make_search
 from recbole_slifmr.search.space import Space, grid, perturb, suggest
-from recbole_slifmr.search.trial import TrialData, load_trial_data, pack, run_trial
+from recbole_slifmr.search.trial import TrialData, load_trial_data, run_trial
 from recbole_slifmr.study.runs import Task, collect, gpu_share, ray_session, run_all
+from recbole_slifmr.study.store import DataStore
+from recbole_slifmr.training.shared import pack
 
 
 class Progress(NamedTuple):
@@ -465,7 +468,12 @@ def _score(search: Search, best: Path, threads: int, address: str | None) -> tup
         )
         for seed in range(search.seed, search.seed + search.seeds)
     ]
-    states = run_all(tasks, address=address)
+    data = DataStore()
+    if len(tasks) > 1:
+        with contextlib.suppress(DataError, SettingError):  # the runs say what is wrong, each in its line
+            data.see(tasks[0], make_config(**tasks[0].arguments))
+            data.forget()
+    states = run_all(tasks, address=address, data=data)
     runs, _ = collect(tasks)
     if len(runs):
         outcome.write_csv(search.out / "test.csv", runs)

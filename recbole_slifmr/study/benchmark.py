@@ -16,8 +16,9 @@ from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.paths import PROPERTIES
 from recbole_slifmr.study import plots, statistics, tables
 from recbole_slifmr.study.manifest import manifest
-from recbole_slifmr.study.runs import METRICS, TOPK, check, collect, run_all, take_over
-from recbole_slifmr.study.task import Task, read_progress
+from recbole_slifmr.study.runs import METRICS, TOPK, check, collect, prepare_processes, run_all, take_over
+from recbole_slifmr.study.store import DataStore
+from recbole_slifmr.study.task import Task, read_progress, read_result
 from recbole_slifmr.training.evaluation import ITEM_GROUPS, MASKS, USER_GROUPS
 
 FIRST_SEED = 2020
@@ -108,6 +109,7 @@ def run_plan(
     on_tick: Callable[[Mapping[str, str]], None] = lambda states: None,
     reuse: Iterable[str | Path] = (),
     write: Callable[[Any, pd.DataFrame, pd.DataFrame, Mapping[str, str]], None] | None = None,
+    tell: Callable[[str], None] = lambda words: None,
 ) -> pd.DataFrame:
     """Run what is left of a plan and write its outputs; see :func:`benchmark`.
 
@@ -120,16 +122,22 @@ def run_plan(
         on_tick: called about twice a second with the state of each run by name.
         reuse: other output folders, whose runs of just the same settings are taken over.
         write: writes the outputs from plan, runs, users and states; :func:`write_outputs` if None.
+        tell: called with what is being done before and after the runs, in a few words.
 
     Raises:
         SettingError, DataError: for anything that cannot be used, before anything is trained.
         ReportError: if an output cannot be written; ``results.csv`` and the runs are kept.
     """
-    checked = check(plan.tasks)
+    if jobs == 1 and not address and not all(map(read_result, plan.tasks)):
+        prepare_processes()
+    data = DataStore()
+    checked = check(plan.tasks, data, tell)
     plan.out.mkdir(parents=True, exist_ok=True)
     write_json(plan.out / "manifest.json", manifest(plan, checked))
     take_over(plan.tasks, map(Path, reuse))
-    states = run_all(plan.tasks, jobs, address, on_tick)
+    tell("")
+    states = run_all(plan.tasks, jobs, address, on_tick, data)
+    tell("writing tables and plots")
     runs, users = collect(plan.tasks)
     if len(runs):
         write_csv(plan.out / "results.csv", runs)

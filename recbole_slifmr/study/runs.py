@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -11,8 +12,10 @@ import os
 import shutil
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +23,16 @@ import pandas as pd
 
 from recbole_slifmr.errors import DataError, SettingError, one_line
 from recbole_slifmr.files import replace_file
+from recbole_slifmr.study.store import DataStore
 from recbole_slifmr.study.task import Task, number, read_error, read_progress, read_result, run_task
+from recbole_slifmr.training.shared import SharedData
 
 METRICS = [
     *("Recall", "NDCG", "Precision", "MRR", "Hit", "MAP"),
     *("ItemCoverage", "AveragePopularity", "GiniIndex", "TailPercentage"),
 ]
 TOPK = [5, 10, 20, 50]
+STARTING = "starting"  # from its process to its first validation
 
 
 # -- before anything is trained -----------------------------------------------------------------------------------
@@ -44,44 +50,54 @@ class Checked(NamedTuple):
     inputs: dict[str, str]
 
 
-def check(tasks: Iterable[Task]) -> Checked:
-    """Build data and model of every variant once; return what they read.
+def check(
+    tasks: Iterable[Task], data: DataStore | None = None, tell: Callable[[str], None] = lambda words: None
+) -> Checked:
+    """Read the data of every variant, each data set once, and check its settings; return what they read.
+
+    Args:
+        tasks: what is to run; one of each title is checked.
+        data: keeps what is read, for the runs.
+        tell: called with what is being done.
 
     Raises:
         SettingError, DataError: for a model, setting or file that cannot be used, splits, features or knowledge graphs
             that differ where they must not, or full and sampled ranking side by side.
     """
-    from recbole.data.dataloader import FullSortEvalDataLoader
-
     from recbole_slifmr.host.settings import make_config
-    from recbole_slifmr.training.experiment import prepare
+    from recbole_slifmr.training.experiment import check_model
 
-    same = _SameData()
+    same, data = _SameData(), DataStore() if data is None else data
     modes: dict[str, str] = {}
-    for task in {task.title: task for task in tasks}.values():
+    one_each = {task.title: task for task in tasks}
+    for place, task in enumerate(one_each.values(), 1):
+        tell(f"checking {task.title} ({place} of {len(one_each)})")
         try:
-            prepared = prepare(make_config(**task.arguments), task.split_seed)
+            config = make_config(**task.arguments)
+            seen = data.see(task, config, tell)
+            check_model(config, seen.train)
         except (DataError, SettingError) as error:
             raise type(error)(f"{task.title}: {error}") from error
         finally:
             shutil.rmtree(task.checkpoint_dir(), ignore_errors=True)
             with contextlib.suppress(OSError):
                 task.folder.rmdir()  # unless an earlier run left its files there
-        modes.setdefault(str(prepared.config["eval_args"]["mode"]), task.title)
+        modes.setdefault(str(config["eval_args"]["mode"]), task.title)
         if len(modes) > 1:
             (one, first), (other, second) = modes.items()
             raise SettingError(
                 f"{first} is scored by the ranking mode {one} and {second} by {other}: their scores cannot stand in "
                 "one table; give both the same mode in eval_args"
             )
-        if not isinstance(prepared.test_data, FullSortEvalDataLoader):
+        if not seen.ranks_all:
             raise SettingError(
                 f"{task.title}: scores by user and group need all items ranked, not a sample of them: give eval_args "
                 "the mode full"
             )
-        same.compare(task, task.title, prepared.fingerprints(), prepared.inputs())
+        same.compare(task, task.title, seen.fingerprints, seen.inputs)
     if not modes:
         raise SettingError("no models to run")
+    data.forget()
     return same.first()
 
 
@@ -129,6 +145,7 @@ def run_all(
     jobs: int = 1,
     address: str | None = None,
     on_tick: Callable[[Mapping[str, str]], None] = lambda states: None,
+    data: DataStore | None = None,
 ) -> dict[str, str]:
     """Run the tasks that have no result yet; one that fails does not stop the others.
 
@@ -137,6 +154,7 @@ def run_all(
         jobs: how many at a time; more than one runs them as Ray tasks.
         address: of a running Ray cluster that sees the same files.
         on_tick: called about twice a second with the state of each task by name.
+        data: what :func:`check` was given; each run reads its own if None.
 
     Returns:
         ``{name: "done" | reason of failure}``, an entry per task. One that is done has a result that belongs to it.
@@ -148,7 +166,8 @@ def run_all(
         sharing.setdefault(task.folder, []).append(task.name)
     waiting = {task.name: task for task in tasks if states[task.name] == "waiting"}
     todo = [task for name, task in waiting.items() if sharing[task.folder][0] == name]
-    runner = _run_with_ray(todo, jobs, address) if jobs > 1 or address else _run_serially(todo)
+    data = data or DataStore()
+    runner = _run_with_ray(todo, jobs, address, data) if jobs > 1 or address else _run_serially(todo, data)
     on_tick(states)
     for name, state in runner:
         states.update(dict.fromkeys(sharing[waiting[name].folder], state))
@@ -215,16 +234,53 @@ def _outcome(task: Task, status: int | None = None) -> str:
     return read_error(task)
 
 
-def _run_serially(tasks: Sequence[Task]) -> Iterable[tuple[str, str]]:
-    context = multiprocessing.get_context("spawn")
+def prepare_processes() -> None:
+    """Begin to import what every run needs, beside what this process does; without effect where runs are spawned."""
+    if _start_method() != "forkserver":
+        return
+    multiprocessing.set_forkserver_preload(["recbole_slifmr.study.preload"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))  # Python hands on no path of its own
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+@functools.cache
+def _start_method() -> str:
+    """Return how the process of a run starts: as a copy of one that has imported everything, or anew.
+
+    A copy of a process that has looked for a GPU cannot use it, and on macOS system libraries do not stand copying.
+    """
+    import torch
+
+    return "forkserver" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
+
+
+def _begin(environment: Mapping[str, str], run: Callable[..., None], *arguments: Any) -> None:
+    """Run in a new process, with the environment that its driver has now: its copy may be older."""
+    os.environ.clear()
+    os.environ.update(environment)
+    run(*arguments)
+
+
+def _run_serially(tasks: Sequence[Task], data: DataStore) -> Iterable[tuple[str, str]]:
+    prepare_processes()
+    context: Any = multiprocessing.get_context(_start_method())
     for task in tasks:
-        yield task.name, "running"
-        process = context.Process(target=run_task, args=(task,))  # no daemon: loaders may start processes of their own
+        yield task.name, STARTING
+        shared = data.of(task)
+        arguments = (task,) if shared is None else (task, None, shared)
+        # no daemon: loaders may start processes of their own
+        process = context.Process(target=_begin, args=(dict(os.environ), run_task, *arguments))
         process.start()
         try:
             while process.is_alive():
                 process.join(0.5)
-                yield task.name, "running"
+                yield task.name, "running" if read_progress(task) else STARTING
         finally:
             process.kill()
             process.join()
@@ -283,18 +339,24 @@ def _reach(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _run_on_share(task: Task) -> None:
+def _run_on_share(task: Task, shared: SharedData | None = None) -> None:
     """Run a task on the GPU that Ray chose for this process: left alone, RecBole takes the machine's first."""
-    run_task(task, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    run_task(task, os.environ.get("CUDA_VISIBLE_DEVICES"), shared)
 
 
-def _run_with_ray(tasks: Sequence[Task], jobs: int, address: str | None) -> Iterable[tuple[str, str]]:
+def _run_with_ray(tasks: Sequence[Task], jobs: int, address: str | None, data: DataStore) -> Iterable[tuple[str, str]]:
     import ray
 
     with ray_session(address, jobs):
         n_gpus = gpu_share(ray.cluster_resources().get("GPU", 0), jobs)
-        remote = ray.remote(num_cpus=1, num_gpus=n_gpus, max_calls=1, max_retries=0)(_run_on_share)
-        running = {remote.remote(task): task for task in tasks}
+        remote: Any = ray.remote(num_cpus=1, num_gpus=n_gpus, max_calls=1, max_retries=0)(_run_on_share)
+        stored: dict[int, Any] = {}  # a data set goes to Ray once
+        running = {}
+        for task in tasks:
+            shared = data.of(task)
+            if shared is not None and id(shared) not in stored:
+                stored[id(shared)] = ray.put(shared)
+            running[remote.remote(task, None if shared is None else stored[id(shared)])] = task
         while running:
             ready, _ = ray.wait(list(running), timeout=0.5)
             for reference in ready:

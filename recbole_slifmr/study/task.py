@@ -21,6 +21,7 @@ from recbole_slifmr.errors import DataError, one_line
 from recbole_slifmr.files import replace_file, to_json, write_json
 from recbole_slifmr.study.identity import input_hashes
 from recbole_slifmr.training.memory import peak_memory_mb
+from recbole_slifmr.training.shared import SharedData
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,13 @@ class Task:
         Raises:
             SettingError: for a model or setting that cannot be used.
         """
-        hashes = input_hashes(self.model, self.dataset, self.config_files, self.settings)
-        return hashlib.sha256(json.dumps([self.settings_key(), hashes], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([self.settings_key(), self.input_hashes()], sort_keys=True).encode()
+        ).hexdigest()
+
+    def input_hashes(self) -> dict[str, str]:
+        """Return the hash of each file that the run reads, see :func:`~recbole_slifmr.study.identity.input_hashes`."""
+        return input_hashes(self.model, self.dataset, self.config_files, self.settings)
 
     def checkpoint_dir(self, process: int | None = None) -> Path:
         """Return where a process, this one if None, keeps its checkpoint: no two share one."""
@@ -124,7 +130,7 @@ class Point(NamedTuple):
     best: bool
 
 
-def run_task(task: Task, devices: str | None = None) -> None:
+def run_task(task: Task, devices: str | None = None, shared: SharedData | None = None) -> None:
     """Run a task and leave ``result.json`` and ``per_user.parquet``, or ``error.json``, in its folder.
 
     Runs in a process of its own. ``progress.jsonl`` gets a line per validated epoch on the way.
@@ -132,6 +138,7 @@ def run_task(task: Task, devices: str | None = None) -> None:
     Args:
         task: what to run.
         devices: the GPUs to use, as ``gpu_id``; what the settings say if None.
+        shared: the data that it reads; they are read here if None, or if a file has changed since.
     """
     arguments = task.arguments
     if devices is not None and arguments["settings"].get("gpu_id") != "":
@@ -147,6 +154,7 @@ def run_task(task: Task, devices: str | None = None) -> None:
         from recbole_slifmr.training.experiment import run
 
         key = task.key()
+        splits = None if shared is None else shared.read(task.input_hashes())
         with (task.folder / "progress.jsonl").open("w", buffering=1) as progress:
             result = run(
                 **arguments,
@@ -154,6 +162,7 @@ def run_task(task: Task, devices: str | None = None) -> None:
                 test_mask=task.test_mask,
                 detailed=True,
                 on_valid=lambda *point: print(to_json(point), file=progress),
+                splits=splits,
             )
         if task.key() != key:
             raise DataError("its data, settings or code changed while it ran: start it again")

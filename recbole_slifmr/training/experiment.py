@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import getLogger
 from pathlib import Path
@@ -26,6 +27,8 @@ from recbole_slifmr.training.distributed import launch, stay_on_this_machine
 from recbole_slifmr.training.evaluation import evaluate, mask_training_items_only
 from recbole_slifmr.training.fingerprint import fingerprint, input_fingerprints
 from recbole_slifmr.training.ranking import with_ranking
+from recbole_slifmr.training.shared import Splits
+from recbole_slifmr.training.trainer import make_callbacks
 
 
 @dataclass
@@ -103,6 +106,7 @@ def run(
     test_mask: str = "train_valid",
     detailed: bool = False,
     on_valid: Callable[[int, float, float, bool], None] | None = None,
+    splits: Splits | None = None,
 ) -> Result:
     """Train a model, choose the epoch on the validation split, score that epoch once on the test split.
 
@@ -117,6 +121,7 @@ def run(
             does) or training items only (``train``, as MMRec does).
         detailed: whether to keep the metrics of each user and those by popularity and activity.
         on_valid: called after each validation with epoch, seconds, score and whether it is the best so far.
+        splits: of just these settings of the data; read here if None.
 
     Returns:
         the result.
@@ -132,7 +137,7 @@ def run(
     getLogger().info(config)
     if not config["single_spec"]:
         getLogger().info(f"{config['world_size']} processes on {config['device'].type}")
-    prepared = prepare(config, split_seed)
+    prepared = prepare(config, split_seed, splits)
     if detailed and len(prepared.test_data._dataset) == 0:
         raise DataError(f"the test split of '{config['dataset']}' is empty: check eval_args and the files")
     trainer = prepared.trainer
@@ -188,35 +193,64 @@ def run(
     )
 
 
-def prepare(config: Config, split_seed: int | None = None) -> Prepared:
+def prepare(config: Config, split_seed: int | None = None, splits: Splits | None = None) -> Prepared:
     """Read and split the data, build model and trainer.
 
     Args:
         config: RecBole's configuration.
         split_seed: seed of a random split; that of the training if None.
+        splits: of these settings of the data; read here if None.
 
     Raises:
         DataError, SettingError: for data or settings that cannot be used.
     """
     split_seed = config["seed"] if split_seed is None else split_seed
-    train, valid, test = load_data(config, split_seed)
+    train, valid, test = load_data(config, split_seed, splits)
     trainer = make_trainer(config, train)
     trainer.data_record = data_record(train._dataset, split_seed)
     return Prepared(config, train, valid, test, trainer)
 
 
-def load_data(config: Config, split_seed: int | None = None) -> tuple[Any, Any, Any]:
+def load_data(config: Config, split_seed: int | None = None, splits: Splits | None = None) -> tuple[Any, Any, Any]:
     """Read and split the data; return the loaders of training, validation and test, see :func:`prepare`."""
-    init_seed(config["seed"] if split_seed is None else split_seed, config["reproducibility"])
-    with bad_input(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="recbole")  # of pandas, on every column
-        data = create_dataset(config)
-        getLogger().info(data)
-        if max(config["topk"]) > data.item_num:
-            raise SettingError(
-                f"topk: {max(config['topk'])} is more than the {data.item_num - 1} items of '{config['dataset']}'"
-            )
+    with _reading():
+        if splits is None:
+            data = _create_dataset(config, split_seed)
+        else:
+            data = splits.adopt(config).dataset
+            getLogger().info(data)
+        _check_topk(config, data)
         return data_preparation(config, data)
+
+
+def read_splits(config: Config, split_seed: int | None = None) -> Splits:
+    """Read and split the data without making loaders, see :func:`prepare`."""
+    with _reading():
+        data = _create_dataset(config, split_seed)
+        return Splits(data, data.build())
+
+
+def _create_dataset(config: Config, split_seed: int | None) -> Any:
+    """Read the data, with the random state from which they are split."""
+    init_seed(config["seed"] if split_seed is None else split_seed, config["reproducibility"])
+    data = create_dataset(config)
+    getLogger().info(data)
+    return data
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Turn RecBole's errors over data into this package's, and pass over pandas' warning on every column."""
+    with bad_input(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="recbole")
+        yield
+
+
+def _check_topk(config: Config, data: Any) -> None:
+    if max(config["topk"]) > data.item_num:
+        raise SettingError(
+            f"topk: {max(config['topk'])} is more than the {data.item_num - 1} items of '{config['dataset']}'"
+        )
 
 
 def make_trainer(config: Config, train_data: Any, adapt: Callable[[type], type] = with_ranking) -> Any:
@@ -238,6 +272,38 @@ def make_trainer(config: Config, train_data: Any, adapt: Callable[[type], type] 
     if not config["single_spec"]:  # the same model everywhere, but negatives of its own for each process
         init_seed(config["seed"] + config["offset"] + config["local_rank"], config["reproducibility"])
     return trainer
+
+
+def check_model(config: Config, dataset: Any) -> None:
+    """Refuse settings and data that the model or its trainer cannot do with.
+
+    A model with a ``check``, as those of this package have, says so without being built. Any other is built, without an
+    optimiser.
+
+    Args:
+        config: RecBole's configuration.
+        dataset: the training split.
+
+    Raises:
+        DataError, SettingError: for settings or data that cannot be used.
+    """
+    kind = get_model(config["model"])
+    with bad_input(SettingError, (ValueError, NotImplementedError)):
+        for name in ("learning_rate", "weight_decay"):
+            if config[name] is not None and config[name] < 0:
+                raise SettingError(f"{name} must be at least 0, not {config[name]}")
+        if hasattr(kind, "check"):
+            kind.check(config, dataset)
+            make_callbacks(config, kind)
+        else:
+            init_seed(config["seed"], config["reproducibility"])
+            network = kind(config, dataset).to(config["device"])
+            _without_optimizer(with_ranking(get_trainer(config["MODEL_TYPE"], config["model"])))(config, network)
+
+
+def _without_optimizer(trainer_class: type) -> type:
+    """Return a trainer that builds no optimiser, for which torch imports its compiler first: seconds."""
+    return type(trainer_class.__name__, (trainer_class,), {"_build_optimizer": lambda self, **kwargs: None})
 
 
 def set_threads(config: Config) -> None:
