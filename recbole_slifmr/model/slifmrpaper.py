@@ -1,0 +1,20 @@
+"""SLIF-MR as its paper has it, without what this package adds: a preset of :class:`~recbole_slifmr.model.slifmr.SLIFMR`.
+
+Guo, Jiang, Guo, Song, Sun, "SLIF-MR: Self-loop Iterative Fusion of Heterogeneous Auxiliary Information for Multimodal
+Recommendation", arXiv 2507.09998.
+
+Left out are the linear branch, the knowledge graph as features, item graphs among the interactions, hard negatives, and
+the interaction view as a residual: see ``properties/model/SLIFMRPaper.yaml``. Choices that the paper leaves open are
+those of SLIFMR.
+"""
+
+from recbole_slifmr.model.slifmr import SLIFMR
+
+
+class SLIFMRPaper(SLIFMR):
+    """SLIFMR with the settings of ``properties/model/SLIFMRPaper.yaml``.
+
+    Args:
+        config: RecBole's configuration.
+        dataset: a :class:`~recbole_slifmr.data.dataset.SLIFMRDataset`, the training split.
+    """
