@@ -83,6 +83,30 @@ def info_nce(query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, tempera
     return _info_nce(unit(query), unit(key), unit(negative), mask, temperature)
 
 
+def contrast_nodes(query: Tensor, key: Tensor, ids: Tensor, temperature: float, n_negatives: int) -> Tensor:
+    """Return InfoNCE between two views of nodes, among the distinct nodes of a batch.
+
+    With more of them than ``n_negatives``, so many drawn uniformly are the negatives: time and memory would grow with
+    the square of the batch.
+
+    Args:
+        query: of all nodes, ``[n, d]``.
+        key: of all nodes, ``[n, d]``.
+        ids: the nodes of the batch, ``[B]``; repeated ones count once.
+        temperature: divides the cosine similarities; positive.
+        n_negatives: at most so many negatives.
+
+    Returns:
+        the mean over the distinct nodes, a scalar.
+    """
+    ids = others = ids.unique()
+    keys = negative = key.index_select(0, ids)
+    if len(ids) > n_negatives:
+        drawn = torch.randperm(len(ids), device=ids.device)[:n_negatives]
+        others, negative = ids[drawn], keys.index_select(0, drawn)
+    return info_nce(query.index_select(0, ids), keys, negative, collision_mask(ids, others), temperature)
+
+
 def _info_nce(query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """:func:`info_nce` of rows of unit length."""
     if len(query) == 0 or len(negative) == 0:
