@@ -171,7 +171,7 @@ def test_an_item_of_one_view_keeps_it_in_msca(tiny, build):
     """Item i1 has no features: what is left is the graph of shared users."""
     run = build(tiny, "MSCA", knn_k=3)
     item = run.dataset.field2token_id["item_id"]["i1"]
-    final, pairs = run.model.encode()
+    final, pairs = run.model.fuse(*run.model.encode())
     (interaction_view, structure), *others = pairs
     node = run.model.n_users + item
     assert structure[node].any() and not any(view[node].any() for _, view in others)

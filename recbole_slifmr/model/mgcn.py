@@ -48,17 +48,19 @@ class MGCN(ViewRecommender):
         self.preferences = nn.ModuleList([nn.Linear(size, size) for _ in self.views])
         self.reset_parameters()
 
-    def encode(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Return the final embedding of all nodes, and the pair of the views of features and interactions."""
+    def encode(self) -> tuple[Tensor, list[Tensor]]:
+        """Return the interaction view and that of each modality, of all nodes ``[n, d]`` each."""
         item_embedding = self.known(self.item_embedding.weight)
-        views = torch.stack(
-            [self.with_users(view(item_embedding, self.projections[name]())) for name, view in self.views.items()],
-            dim=1,
-        )
+        views = [view(item_embedding, self.projections[name]()) for name, view in self.views.items()]
         interactions = torch.cat(self.interaction_encoder(self.user_embedding.weight, item_embedding))
-        mask = views.any(2)  # of a modality that a node lacks, all is zero
-        shared = self.fusion(views, mask)
+        return interactions, [self.with_users(view) for view in views]
+
+    def fuse(self, interactions: Tensor, views: list[Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Return the final embeddings of some nodes, and their content to be contrasted with the interaction view."""
+        stacked = torch.stack(views, dim=1)
+        mask = stacked.any(2)  # of a modality that a node lacks, all is zero
+        shared = self.fusion(stacked, mask)
         wanted = torch.stack([torch.sigmoid(prefer(interactions)) for prefer in self.preferences], dim=1)
-        specific = (views - shared.unsqueeze(1)) * mask.unsqueeze(2) * wanted
-        content = (shared + specific.sum(1)) / (len(self.preferences) + 1)
+        specific = (stacked - shared.unsqueeze(1)) * mask.unsqueeze(2) * wanted
+        content = (shared + specific.sum(1)) / (len(views) + 1)
         return interactions + content, [(content, interactions)]

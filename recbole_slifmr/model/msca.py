@@ -72,15 +72,17 @@ class MSCA(ViewRecommender):
             layers.append(torch.cat([users, items]))
         return torch.stack(layers).mean(0)
 
-    def encode(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Return the final embedding of all nodes, and the pairs of the interaction view and each other one."""
+    def encode(self) -> tuple[Tensor, list[Tensor]]:
+        """Return the interaction view and those of structure and modalities, of all nodes ``[n, d]`` each."""
         item_embedding = self.known(self.item_embedding.weight)
         views = [self.structure.multiply(item_embedding)]
         views += [view(item_embedding, self.projections[name]()) for name, view in self.views.items()]
-        views = [self.with_users(view) for view in views]
+        return self.propagate(item_embedding), [self.with_users(view) for view in views]
+
+    def fuse(self, interactions: Tensor, views: list[Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Return the final embeddings of some nodes, and the interaction view to be contrasted with each other one."""
         stacked = torch.stack(views, dim=1)
         everyone = torch.ones(stacked.shape[:2], dtype=torch.bool, device=stacked.device)
         share = 1 - self.fusion.weights(stacked, everyone)
-        interactions = self.propagate(item_embedding)
         final = interactions + self.settings.view_weight * (share.unsqueeze(2) * stacked).sum(1)
         return final, [(interactions, view) for view in views]

@@ -89,13 +89,16 @@ class SMORE(ViewRecommender):
             spectra[name] = spectrum.masked_fill(~projection.mask.unsqueeze(1), 1.0)
         return {**spectra, FUSED: torch.stack(list(spectra.values())).prod(0)}
 
-    def encode(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Return the final embedding of all nodes, and the pair of the views of features and interactions."""
+    def encode(self) -> tuple[Tensor, list[Tensor]]:
+        """Return the interaction view and those of the modalities and their fusion, of all nodes ``[n, d]`` each."""
         item_embedding = self.known(self.item_embedding.weight)
         interactions = torch.cat(self.interaction_encoder(self.user_embedding.weight, item_embedding))
-        content = torch.zeros_like(interactions)
-        for name, spectrum in self.spectra().items():
-            view = self.with_users(self.views[name](item_embedding, self.filters[name](spectrum)))
-            content = content + view * torch.sigmoid(self.preferences[name](interactions))
-        content = content / len(self.views)
+        spectra = self.spectra()
+        views = [view(item_embedding, self.filters[name](spectra[name])) for name, view in self.views.items()]
+        return interactions, [self.with_users(view) for view in views]
+
+    def fuse(self, interactions: Tensor, views: list[Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Return the final embeddings of some nodes, and their content to be contrasted with the interaction view."""
+        wanted = [torch.sigmoid(prefer(interactions)) for prefer in self.preferences.values()]
+        content = torch.stack([view * share for view, share in zip(views, wanted, strict=True)]).mean(0)
         return interactions + content, [(content, interactions)]

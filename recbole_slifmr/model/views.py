@@ -53,7 +53,7 @@ class GatedView(nn.Module):
 class ViewRecommender(GraphRecommender):
     """A model of several views of each node, trained with BPR and InfoNCE between views.
 
-    A model of this kind says in ``encode`` what a node is in the end and which of its views are contrasted.
+    A model of this kind says in ``encode`` what its views are, and in ``fuse`` what becomes of them, node by node.
 
     Args:
         config: RecBole's configuration.
@@ -93,13 +93,22 @@ class ViewRecommender(GraphRecommender):
         """Return a view of all nodes from that of the items ``[n_items, d]``: users by their interactions."""
         return torch.cat([self.interaction_encoder.graph.matrix.multiply(items), items])
 
-    def encode(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Return the final embedding of all nodes, and the pairs of views that InfoNCE contrasts: query and key."""
+    def encode(self) -> tuple[Tensor, list[Tensor]]:
+        """Return the interaction view and the other views of all nodes, each ``[n_users + n_items, d]``."""
+        raise NotImplementedError
+
+    def fuse(self, interactions: Tensor, views: list[Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Return the final embeddings of some nodes, and which of their views InfoNCE contrasts: query and key.
+
+        Args:
+            interactions: their interaction view, ``[n, d]``.
+            views: the others, ``[n, d]`` each.
+        """
         raise NotImplementedError
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return the final embeddings of all users and items ``[n, d]``."""
-        users, items = self.encode()[0].split([self.n_users, self.n_items])
+        users, items = self.fuse(*self.encode())[0].split([self.n_users, self.n_items])
         return users, items
 
     @full_precision
@@ -107,13 +116,13 @@ class ViewRecommender(GraphRecommender):
         """Return the weighted terms of the loss for a batch of (user, positive item, negative item)."""
         self.clear_cache()
         user, pos, neg = self.batch_ids(interaction)
-        final, pairs = self.encode()
-        users, items = final.split([self.n_users, self.n_items])
-        bpr = self.bpr(users.index_select(0, user), items, pos, neg)
-        contrast = torch.zeros_like(bpr)
-        for ids in (user, pos + self.n_users):
-            for query, key in pairs:
-                contrast = contrast + contrast_nodes(
-                    query, key, ids, self.settings.temperature, self.settings.n_negatives
-                )
-        return bpr, self.settings.cl_weight * contrast, self.settings.reg_weight * self.ego_norm(user, pos, neg)
+        reg = self.ego_norm(user, pos, neg)
+        nodes = torch.cat([user, pos + self.n_users, neg + self.n_users])
+        nodes, place = nodes.unique(return_inverse=True)  # views are fused of the batch's nodes only
+        interactions, views = self.encode()
+        final, pairs = self.fuse(interactions.index_select(0, nodes), [view.index_select(0, nodes) for view in views])
+        user, pos, neg = place.chunk(3)
+        bpr = self.bpr(final.index_select(0, user), final, pos, neg)
+        temperature, n_negatives = self.settings.temperature, self.settings.n_negatives
+        contrast = sum(contrast_nodes(pairs, ids, temperature, n_negatives) for ids in (user, pos))
+        return bpr, self.settings.cl_weight * contrast, self.settings.reg_weight * reg

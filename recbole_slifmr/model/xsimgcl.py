@@ -104,7 +104,7 @@ class XSimGCL(GraphRecommender):
 
     def contrast(self, final: Tensor, layer: Tensor, ids: Tensor) -> Tensor:
         """Return InfoNCE of ``final`` against ``layer``, ``[n, d]`` each, among the distinct ``ids [B]``."""
-        return contrast_nodes(final, layer, ids, self.settings.temperature, self.settings.n_negatives)
+        return contrast_nodes([(final, layer)], ids, self.settings.temperature, self.settings.n_negatives)
 
     @full_precision
     def calculate_loss(self, interaction: Any) -> tuple[Tensor, ...]:
