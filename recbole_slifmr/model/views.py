@@ -123,6 +123,6 @@ class ViewRecommender(GraphRecommender):
         final, pairs = self.fuse(interactions.index_select(0, nodes), [view.index_select(0, nodes) for view in views])
         user, pos, neg = place.chunk(3)
         bpr = self.bpr(final.index_select(0, user), final, pos, neg)
-        temperature, n_negatives = self.settings.temperature, self.settings.n_negatives
-        contrast = sum(contrast_nodes(pairs, ids, temperature, n_negatives) for ids in (user, pos))
+        limits = self.settings.temperature, self.settings.n_negatives
+        contrast = contrast_nodes(pairs, user, *limits) + contrast_nodes(pairs, pos, *limits)
         return bpr, self.settings.cl_weight * contrast, self.settings.reg_weight * reg
