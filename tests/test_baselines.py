@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 from recbole_slifmr.data.features import ItemFeatures
 from recbole_slifmr.errors import DataError, SettingError
-from recbole_slifmr.model import xsimgcl
 from recbole_slifmr.model.freedom import frozen_graph
 from recbole_slifmr.model.lattice import ModalityGraph, similarity_graph
+from recbole_slifmr.nn import loss
 from recbole_slifmr.nn.graph import sample_interactions
 from recbole_slifmr.nn.loss import bpr_loss
 
-BASELINES = ("LATTICE", "VBPR", "FREEDOM", "BM3")
+BASELINES = ("LATTICE", "VBPR", "FREEDOM", "BM3", "MSCA", "MGCN", "SMORE")
 
 
 @pytest.fixture(params=BASELINES)
@@ -444,8 +444,8 @@ def test_xsimgcl_propagates_the_noise_of_a_layer(tiny, build):
 
 def test_xsimgcl_draws_negatives_where_a_batch_has_more_than_it_contrasts_with(tiny, build, monkeypatch):
     losses, seen = {}, []
-    contrast = xsimgcl.info_nce
-    monkeypatch.setattr(xsimgcl, "info_nce", lambda *args: (seen.append(args[2]), contrast(*args))[1])
+    contrast = loss.info_nce
+    monkeypatch.setattr(loss, "info_nce", lambda *args: (seen.append(args[2]), contrast(*args))[1])
     for n_negatives in (4096, 15, 3):  # 15: as many as there are items
         model = (run := build(tiny, "XSimGCL", n_negatives=n_negatives, eps=0.0)).model
         batch = batch_of(run)

@@ -17,7 +17,7 @@ from recbole_slifmr.paths import DATASETS, ROOT
 from recbole_slifmr.training.evaluation import evaluate
 from recbole_slifmr.training.experiment import fingerprint, load_data
 
-FEATURE_MODELS = ("SLIFMR", "LATTICE", "FREEDOM", "VBPR")
+FEATURE_MODELS = ("SLIFMR", "LATTICE", "FREEDOM", "VBPR", "MSCA", "MGCN", "SMORE")
 
 
 def pairs_of(loader):

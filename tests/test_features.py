@@ -206,7 +206,7 @@ ODD = {
 @pytest.mark.parametrize(
     "model, settings",
     [(model, {}) for model in MODELS if model != "XSimGCL"]
-    + [(model, {"knn_k": 1000}) for model in ("SLIFMR", "LATTICE", "FREEDOM")],
+    + [(model, {"knn_k": 1000}) for model in ("SLIFMR", "LATTICE", "FREEDOM", "MSCA", "MGCN", "SMORE")],
 )
 def test_models_train_on_odd_features_and_with_more_neighbours_than_items(tiny, model, settings, case):
     np.save(tiny / "text.npy", ODD[case])

@@ -9,10 +9,12 @@ import torch
 from recbole_slifmr.nn.graph import (
     Edges,
     blend,
+    cooccurrence_graph,
     edge_turnover,
     empty_edges,
     knn_graph,
     knn_recall,
+    max_edges,
     normalize_symmetric,
     normalized_knn,
     sample_interactions,
@@ -35,6 +37,36 @@ def as_set(edge_index):
 def test_unique_edges_sorts_and_counts_duplicates_once():
     edges = torch.tensor([[1, 0, 1, 0], [0, 2, 0, 1]])
     assert unique_edges(edges, 3).tolist() == [[0, 0, 1], [1, 2, 0]]
+
+
+def test_max_edges_keeps_the_larger_weight():
+    one = Edges(torch.tensor([[0, 1], [2, 0]]), torch.tensor([0.5, 0.25]))
+    other = Edges(torch.tensor([[1, 0, 1], [1, 2, 0]]), torch.tensor([1.0, 0.125, 0.75]))
+    index, weight = max_edges([one, other], 3)
+    assert index.tolist() == [[0, 1, 1], [2, 0, 1]] and weight.tolist() == [0.5, 0.75, 1.0]
+
+
+def test_cooccurrence_graph_by_hand():
+    # users 0, 1 have items 0, 1, 2; user 2 has 0, 1, 3; user 3 has 3: common users 0-1: 3, 0-2, 1-2: 2, with 3: 1
+    pairs = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 3), (3, 3)]
+    interactions = torch.tensor(pairs).T
+    assert as_set(cooccurrence_graph(interactions, 4, 4, 1)) == {(0, 1), (1, 0), (2, 0), (0, 2)}  # 2: a tie, the lower
+    assert as_set(cooccurrence_graph(interactions, 4, 4, 2)) == {(i, j) for i in range(3) for j in range(3) if i != j}
+    assert as_set(cooccurrence_graph(interactions, 4, 4, 9, min_count=3)) == {(0, 1), (1, 0)}
+    assert cooccurrence_graph(interactions[:, :0], 4, 4, 2).shape == (2, 0)
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 100])
+def test_cooccurrence_graph_equals_dense_counts(block_size):
+    matrix = (torch.rand(40, 25, generator=torch.Generator().manual_seed(0)) < 0.3).float()
+    counts = (matrix.T @ matrix).fill_diagonal_(0)
+    expected = set()
+    for i in range(25):
+        for j in sorted(range(25), key=lambda j, i=i: (-counts[i, j], j))[:4]:
+            if counts[i, j] > 1:
+                expected |= {(i, j), (j, i)}
+    index = cooccurrence_graph(matrix.nonzero().T, 40, 25, 4, block_size=block_size)
+    assert as_set(index) == expected and index.shape[1] == len(expected)
 
 
 def test_sum_edges_adds_duplicates():

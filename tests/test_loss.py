@@ -10,6 +10,7 @@ from recbole_slifmr.nn.loss import (
     alignment_uniformity,
     bpr_loss,
     collision_mask,
+    contrast_nodes,
     cosine_distance,
     hardest_negatives,
     info_nce,
@@ -22,6 +23,14 @@ from recbole_slifmr.nn.loss import (
 def test_bpr_by_hand():
     loss = bpr_loss(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.0]))
     assert loss.item() == pytest.approx((math.log(1 + math.exp(-2)) + math.log(2)) / 2)
+
+
+def test_nodes_are_contrasted_once_each_by_hand():
+    query = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 2.0]])
+    key = torch.tensor([[9.0, 9.0], [3.0, 0.0], [0.0, 1.0]])
+    ids = torch.tensor([2, 1, 2, 2])
+    loss = contrast_nodes([(query, key), (query, key.flip(1))], ids, 0.5, 10)  # cosines 1 and 0; the other way round
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2)))
 
 
 def test_the_hardest_negative_is_the_highest_scored_that_is_not_known():

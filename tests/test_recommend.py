@@ -252,7 +252,7 @@ def test_explanations_are_a_table_for_people(trained, capsys):
 def test_explanations_need_slifmr_and_weights(trained, capsys):
     explain = ["--users=u2", "--k=1", "--explain", "--format=jsonl"]
     done = slifmr(capsys, "recommend", "--checkpoint", trained("BPR"), *explain)
-    assert done.status == 2 and "--explain is for SLIFMR: BPR has no views" in done.error
+    assert done.status == 2 and "--explain is for SLIFMR: BPR has no feedback graph" in done.error
     plain = trained(fusion="concat", self_loop=False, use_kg=False)
     why = json.loads(slifmr(capsys, "recommend", "--checkpoint", plain, *explain).out)["explanation"]
     assert why == {"user_views": None, "item_views": None, "neighbours": [], "shared_entities": []}

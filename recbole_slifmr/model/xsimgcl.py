@@ -29,7 +29,7 @@ from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import GraphRecommender, full_precision
 from recbole_slifmr.model.settings import Count, GraphSettings, Positive, Weight
 from recbole_slifmr.nn.layers import unit
-from recbole_slifmr.nn.loss import collision_mask, info_nce
+from recbole_slifmr.nn.loss import contrast_nodes
 
 
 @dataclass(frozen=True)
@@ -103,18 +103,8 @@ class XSimGCL(GraphRecommender):
         return _mean(self.encode())
 
     def contrast(self, final: Tensor, layer: Tensor, ids: Tensor) -> Tensor:
-        """Return InfoNCE of ``final`` against ``layer``, ``[n, d]`` each, among the distinct ``ids [B]``.
-
-        With more of them than ``n_negatives``, so many drawn uniformly are the negatives: time and memory would grow
-        with the square of the batch.
-        """
-        ids = others = ids.unique()
-        key = negative = layer.index_select(0, ids)
-        if len(ids) > self.settings.n_negatives:
-            drawn = torch.randperm(len(ids), device=ids.device)[: self.settings.n_negatives]
-            others, negative = ids[drawn], key.index_select(0, drawn)
-        mask = collision_mask(ids, others)
-        return info_nce(final.index_select(0, ids), key, negative, mask, self.settings.temperature)
+        """Return InfoNCE of ``final`` against ``layer``, ``[n, d]`` each, among the distinct ``ids [B]``."""
+        return contrast_nodes([(final, layer)], ids, self.settings.temperature, self.settings.n_negatives)
 
     @full_precision
     def calculate_loss(self, interaction: Any) -> tuple[Tensor, ...]:

@@ -14,9 +14,11 @@ Equations:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.sparse
 import torch
 from torch import Tensor
 
@@ -58,6 +60,15 @@ def sum_edges(edge_index: Tensor, edge_weight: Tensor, n_cols: int) -> Edges:
     weight = torch.zeros(len(keys), dtype=edge_weight.dtype, device=edge_weight.device)
     weight.index_add_(0, inverse, edge_weight)
     return Edges(torch.stack([torch.div(keys, n_cols, rounding_mode="floor"), keys % n_cols]), weight)
+
+
+def max_edges(graphs: Sequence[Edges], n_cols: int) -> Edges:
+    """Return the elementwise maximum of graphs of non-negative weights, sorted by (row, column)."""
+    index = torch.cat([edges.edge_index for edges in graphs], dim=1)
+    weight = torch.cat([edges.edge_weight for edges in graphs])
+    keys, inverse = torch.unique(index[0] * n_cols + index[1], return_inverse=True)
+    largest = weight.new_zeros(len(keys)).scatter_reduce(0, inverse, weight, "amax")
+    return Edges(torch.stack([torch.div(keys, n_cols, rounding_mode="floor"), keys % n_cols]), largest)
 
 
 def inverse_sqrt(degree: Tensor) -> Tensor:
@@ -181,6 +192,40 @@ def _search_approximately(unit: Tensor, k: int) -> tuple[Tensor, Tensor]:
     other = (neighbour != row) & (neighbour >= 0) & (similarity > 0)
     keep = other & (other.cumsum(1) <= k)
     return row[keep].to(unit.device), neighbour[keep].to(unit.device)
+
+
+def cooccurrence_graph(
+    interactions: Tensor, n_users: int, n_items: int, k: int, min_count: int = 2, block_size: int = 1024
+) -> Tensor:
+    """Link each item with the k others that it shares most users with, both ways.
+
+    Common users are counted for ``block_size`` items at a time. Ties go to the lowest index.
+
+    Args:
+        interactions: user and item of each interaction, ``[2, E]``, unique.
+        n_users: number of users.
+        n_items: number of items.
+        k: neighbours per item; fewer where fewer exist.
+        min_count: so many users two items must share.
+        block_size: rows per block.
+
+    Returns:
+        ``edge_index [2, E']`` of the undirected graph: sorted, unique, both directions, no i->i edge.
+    """
+    user, item = interactions.cpu().numpy()
+    users_of = scipy.sparse.csr_array((np.ones(len(user), dtype=np.int32), (item, user)), shape=(n_items, n_users))
+    found = [np.zeros((2, 0), dtype=np.int64)]
+    for start in range(0, n_items, block_size):
+        common = (users_of[start : start + block_size] @ users_of.T).tocoo()
+        row, col, count = common.row.astype(np.int64) + start, common.col.astype(np.int64), common.data
+        keep = (count >= min_count) & (row != col)
+        row, col, count = row[keep], col[keep], count[keep]
+        order = np.lexsort((col, -count, row))
+        row, col = row[order], col[order]
+        place = np.arange(len(row)) - np.searchsorted(row, row)  # within its row
+        found.append(np.stack([row, col])[:, place < k])
+    index = torch.from_numpy(np.concatenate(found, axis=1)).to(interactions.device)
+    return unique_edges(torch.cat([index, index.flip(0)], dim=1), n_items)
 
 
 def knn_recall(features: Tensor, edge_index: Tensor, k: int, mask: Tensor | None = None, n_sample: int = 256) -> float:

@@ -85,6 +85,33 @@ def info_nce(query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, tempera
     return _info_nce(unit(query), unit(key), unit(negative), mask, temperature)
 
 
+def contrast_nodes(pairs: Sequence[tuple[Tensor, Tensor]], ids: Tensor, temperature: float, n_negatives: int) -> Tensor:
+    """Return InfoNCE between two views of nodes, among the distinct nodes of a batch, added up over pairs of views.
+
+    With more of them than ``n_negatives``, so many drawn uniformly are the negatives: time and memory would grow with
+    the square of the batch.
+
+    Args:
+        pairs: query and key, of all nodes ``[n, d]`` each.
+        ids: the nodes of the batch, ``[B]``; repeated ones count once.
+        temperature: divides the cosine similarities; positive.
+        n_negatives: at most so many negatives.
+
+    Returns:
+        the sum over the pairs of the mean over the distinct nodes, a scalar.
+    """
+    ids = ids.unique()
+    others = torch.arange(len(ids), device=ids.device)
+    if len(ids) > n_negatives:
+        others = torch.randperm(len(ids), device=ids.device)[:n_negatives]
+    mask = collision_mask(ids, ids[others])
+    terms = []
+    for query, key in pairs:
+        keys = key.index_select(0, ids)
+        terms.append(info_nce(query.index_select(0, ids), keys, keys.index_select(0, others), mask, temperature))
+    return torch.stack(terms).sum()
+
+
 def _info_nce(query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """:func:`info_nce` of rows of unit length."""
     if len(query) == 0 or len(negative) == 0:

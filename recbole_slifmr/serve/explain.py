@@ -40,8 +40,8 @@ class Explainer:
         model = trained.model
         if not isinstance(model, SLIFMR):
             raise SettingError(
-                f"--explain is for SLIFMR: {trained.config['model']} has no views and no feedback graph, and "
-                "no item-item weights as CEASE has"
+                f"--explain is for SLIFMR: {trained.config['model']} has no feedback graph, and no "
+                "item-item weights as CEASE has"
             )
         self.trained, self.model = trained, model
         dataset = trained.dataset
