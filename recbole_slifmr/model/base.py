@@ -81,17 +81,19 @@ class EmbeddingRecommender(DeclaredRecommender):
     Attributes:
         loss_names: of the terms that ``calculate_loss`` returns.
         needs_features: whether the model cannot do without item features.
+        needs_kg: whether the model cannot do without a knowledge graph.
         needs_negatives: whether the model cannot do without sampled negative items.
 
     Raises:
         SettingError: for a setting outside its limits, or of the trainer that needs what the model cannot do.
-        DataError: if the model needs item features and there are none.
+        DataError: if the model needs item features or a knowledge graph and there are none.
     """
 
     input_type = InputType.PAIRWISE
     settings: ModelSettings
     loss_names: tuple[str, ...]
     needs_features = False
+    needs_kg = False
     needs_negatives = True
     warm: Tensor | None
     forward: Callable[[], tuple[Tensor, Tensor]]
@@ -111,6 +113,12 @@ class EmbeddingRecommender(DeclaredRecommender):
             if not self.settings.use_features:
                 fix = "set use_features to True"
             raise DataError(f"{config['model']} needs item features and '{dataset.dataset_name}' has none: {fix}")
+        if self.needs_kg and not len(dataset.triples):
+            name = dataset.dataset_name
+            fix = f"put {name}.kg and {name}.link into {dataset.dataset_path}"
+            if not self.settings.use_kg:
+                fix = "set use_kg to True"
+            raise DataError(f"{config['model']} needs a knowledge graph and '{name}' has none: {fix}")
         self._final: tuple[Tensor, Tensor] | None = None
         warm = (~is_cold(dataset)).unsqueeze(1).to(self.device) if config["cold_items"] else None
         self.register_buffer("warm", warm, persistent=False)

@@ -281,7 +281,7 @@ class KnowledgeEncoder(nn.Module):
                 f"kg_relation_weight must be one of {', '.join(RELATION_WEIGHTS)}, not '{relation_weight}'"
             )
         self.n_items, self.n_layers, self.ego = n_items, n_layers, ego or n_layers == 0
-        triples = filter_by_degree(_unique_triples(triples), n_entities, n_items, degree_range)
+        triples = filter_by_degree(unique_triples(triples), n_entities, n_items, degree_range)
         self.n_triples = len(triples)
         relation = torch.unique(triples[:, 1], return_inverse=True)[1]
         if relation_weight == "uniform":
@@ -375,7 +375,7 @@ def _relation_counts(row: Tensor, relation: Tensor, shape: tuple[int, int]) -> S
     return SparseMatrix(Edges(index, counts.to(torch.get_default_dtype())), shape)
 
 
-def _unique_triples(triples: Tensor) -> Tensor:
+def unique_triples(triples: Tensor) -> Tensor:
     """Return each triple once, in order; by one key each, for ``torch.unique`` by rows takes twenty times as long."""
     n_heads, n_relations, n_tails = (triples.amax(0) + 1).tolist() if len(triples) else (1, 1, 1)
     if n_heads * n_relations * n_tails >= 2**63:

@@ -67,7 +67,9 @@ def collision_mask(ids: Tensor, negative_ids: Tensor) -> Tensor:
     return torch.zeros(same.shape, device=ids.device).masked_fill_(same, -1e4)  # -inf: NaN where nothing is left
 
 
-def info_nce(query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, temperature: float) -> Tensor:
+def info_nce(
+    query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, temperature: float, weight: Tensor | None = None
+) -> Tensor:
     """Return InfoNCE of each query against its own key, with the same negatives for every query.
 
     Args:
@@ -76,20 +78,24 @@ def info_nce(query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, tempera
         negative: ``[n, d]``.
         mask: ``[B, n]`` of :func:`collision_mask`: a negative with the id of the positive is none.
         temperature: divides the cosine similarities; positive.
+        weight: of each query, ``[B]``; 1 if None.
 
     Returns:
-        the mean over the batch, a scalar; 0 for an empty batch and without negatives.
+        the mean over the batch of the weighted terms, a scalar; 0 for an empty batch and without negatives.
     """
-    return _info_nce(unit(query), unit(key), unit(negative), mask, temperature)
+    return _info_nce(unit(query), unit(key), unit(negative), mask, temperature, weight)
 
 
-def _info_nce(query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, temperature: float) -> Tensor:
+def _info_nce(
+    query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, temperature: float, weight: Tensor | None = None
+) -> Tensor:
     """:func:`info_nce` of rows of unit length."""
     if len(query) == 0 or len(negative) == 0:
         return 0 * query.sum()
     query = query / temperature
     positive = (query * key).sum(1)
-    return F.softplus(_ProductLogSumExp.apply(query, negative, mask) - positive).mean()
+    terms = F.softplus(_ProductLogSumExp.apply(query, negative, mask) - positive)
+    return (terms if weight is None else weight * terms).mean()
 
 
 class _ProductLogSumExp(torch.autograd.Function):

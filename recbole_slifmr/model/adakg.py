@@ -1,0 +1,221 @@
+r"""AdaKG: the knowledge graph's view of a node counts the more, the less stable the interactions' view of it is.
+
+Park, Jeon, Gwak, Kim, Lee, Jung, "Do All Nodes Benefit Equally from Knowledge Graphs? Adaptive Node-Aware KG Fusion
+for Recommendation", CIKM 2026, arXiv 2609.05909.
+
+With :math:`\hat A` the normalised interactions, :math:`e_r` an embedding of each relation and direction, :math:`N_h` the
+triples around an entity, and :math:`\overline{x} = x / \|x\|`:
+
+.. math::
+    z = \frac{1}{L} \sum_{l=1}^{L} \hat A^l e, \quad
+    k_h^{(l+1)} = \overline{\mathrm{mean}_{(r, t) \in N_h} \; e_r \odot k_t^{(l)}}, \quad
+    k_u^{(l+1)} = \overline{\mathrm{mean}_{i \in u} \; k_i^{(l)}}, \quad
+    k = \frac{1}{L + 1} \sum_{l=0}^{L} k^{(l)} .
+
+A step against BPR, :math:`e' = e + \epsilon \|e\| \, \overline{\nabla_e \mathrm{BPR}(z)}`, shows how stable
+:math:`z` is, and from that follows a share for every node:
+
+.. math::
+    q = 1 - \cos(z, z'), \quad \alpha = \sigma(\mathrm{softplus}(\gamma) (q - \bar q)), \quad
+    L = \mathrm{BPR}(z + \alpha k) + w \, \alpha \, \mathrm{InfoNCE}(z, k) + \lambda \|e\|^2 .
+
+Written from the abstract, the published settings and a summary of the equations; choices where these leave one. Both
+views start from the same ID embeddings. Triples count in both directions. The mean :math:`\bar q` is over all users or
+all items, instead of those of the batch, so that scores do not depend on who is scored beside. The step takes the
+gradient of the batch in training; in evaluation that of all training interactions with negatives that are drawn once,
+so that scores depend on the parameters alone. No gradient passes through q, nor through the weight of InfoNCE, which
+would fall by itself. An item without interactions has q = 1, and its ID embedding counts as zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recbole_slifmr.data.cold import ColdScoring
+from recbole_slifmr.errors import SettingError
+from recbole_slifmr.model.base import GraphRecommender, full_precision
+from recbole_slifmr.model.settings import GraphSettings, Positive, Weight
+from recbole_slifmr.nn.encoder import unique_triples
+from recbole_slifmr.nn.graph import Edges
+from recbole_slifmr.nn.layers import unit
+from recbole_slifmr.nn.loss import collision_mask, info_nce
+from recbole_slifmr.nn.sparse import SparseMatrix
+
+PART = 65536  # interactions whose gradient is taken at once in evaluation
+
+
+@dataclass(frozen=True)
+class AdaKGSettings(GraphSettings):
+    """The settings of AdaKG."""
+
+    eps: Weight
+    cl_weight: Weight
+    temperature: Positive
+    reg_weight: Weight
+
+    def __post_init__(self) -> None:
+        if self.n_layers < 1:
+            raise SettingError(f"n_layers must be 1 or more, not {self.n_layers}: AdaKG leaves layer 0 out")
+
+
+class AdaKG(GraphRecommender):
+    """LightGCN without layer 0, plus as much of a view of the knowledge graph as each node needs.
+
+    Args:
+        config: RecBole's configuration; the settings are listed in ``properties/model/AdaKG.yaml``.
+        dataset: a :class:`~recbole_slifmr.data.dataset.SLIFMRDataset`, the training split.
+
+    Raises:
+        SettingError: for a setting outside its limits.
+    """
+
+    settings_class = AdaKGSettings
+    settings: AdaKGSettings
+    loss_names = ("bpr", "contrast", "reg")
+    needs_kg = True
+    drawn: Tensor
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        size, n_entities = self.settings.embedding_size, dataset.entity_num
+        self.entity_embedding = nn.Embedding(n_entities - self.n_items, size)
+        self.triples = TripleMean(unique_triples(dataset.triples).to(self.device), n_entities, size)
+        n_drawn, generator = self.interaction_encoder.edge_index.shape[1], torch.Generator().manual_seed(0)
+        drawn = torch.randint(1, self.n_items, (n_drawn,), generator=generator).to(self.device)
+        self.register_buffer("drawn", drawn, persistent=False)
+        self.gamma = nn.Parameter(torch.zeros(()))
+        self.reset_parameters()
+
+    @classmethod
+    def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
+        """Return the bytes of the base, of entities and triples, of both views' layers and of the contrast."""
+        parts = super().memory_parts(settings, dataset, batch_size)
+        row, n_others, n_triples = (
+            4 * settings.embedding_size,
+            dataset.entity_num - dataset.item_num,
+            len(dataset.triples),
+        )
+        parts["parameters and Adam"] += 4 * row * n_others
+        parts["knowledge graph"] = 80 * n_triples
+        n_nodes = dataset.user_num + dataset.entity_num
+        parts["training step"] += settings.n_layers * row * (4 * n_triples + 2 * n_nodes) + 24 * batch_size**2
+        return parts
+
+    @classmethod
+    def scores_cold(cls, config: Any) -> ColdScoring:
+        """Say that items are known by their triples, too."""
+        return ColdScoring(True, f"{config['model']} scores cold items by their triples")
+
+    def interaction_view(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean of layers 1 to L over ``[n_users, d]`` and ``[n_items, d]``, same shapes; it is symmetric."""
+        n_layers = self.settings.n_layers
+        all_users, all_items = self.interaction_encoder(users, items)  # the mean of layers 0 to L
+        return (all_users * (n_layers + 1) - users) / n_layers, (all_items * (n_layers + 1) - items) / n_layers
+
+    def knowledge_view(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean of layers 0 to L over the triples, users by their items, ``[n, d]`` each."""
+        graph, everyone = self.interaction_encoder.graph, torch.ones_like(items[:, 0], dtype=torch.bool)
+        entities = torch.cat([items, self.entity_embedding.weight])
+        all_users, all_items = users, items
+        for _ in range(self.settings.n_layers):
+            all_users = all_users + unit(graph.user_means(entities[: self.n_items], everyone))
+            entities = unit(self.triples(entities))
+            all_items = all_items + entities[: self.n_items]
+        return all_users / (self.settings.n_layers + 1), all_items / (self.settings.n_layers + 1)
+
+    @torch.no_grad()
+    def instability(self, ego: tuple[Tensor, Tensor], z: tuple[Tensor, Tensor], triplets: Tensor) -> tuple[Tensor, ...]:
+        """Return :math:`q - \\bar q` of all users and items, ``[n, 1]`` each.
+
+        Args:
+            ego: ID embeddings of users and items, ``[n, d]`` each.
+            z: their interaction view.
+            triplets: users, positive and negative items of the BPR that the step goes against, ``[3, E]``.
+        """
+        slope = self.interaction_view(*_bpr_gradient(*z, triplets))  # the view is linear and symmetric
+        moved = (e + self.settings.eps * e.norm(dim=1, keepdim=True) * unit(g) for e, g in zip(ego, slope, strict=True))
+        found = []
+        for before, after in zip(z, self.interaction_view(*moved), strict=True):
+            q = 1 - (unit(before) * unit(after)).sum(1, keepdim=True)
+            found.append(q - q[before.any(1)].mean())
+        return tuple(found)
+
+    def encode(self, triplets: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return interaction view ``[n, d]``, knowledge view ``[n, d]`` and share ``[n, 1]``, of users and of items."""
+        ego = self.user_embedding.weight, self.known(self.item_embedding.weight)
+        z = self.interaction_view(*ego)
+        share = (torch.sigmoid(F.softplus(self.gamma) * q) for q in self.instability(ego, z, triplets))
+        return list(zip(z, self.knowledge_view(*ego), share, strict=True))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return the final embeddings of all users and items, ``[n, d]``."""
+        user, item = self.interaction_encoder.edge_index
+        users, items = (z + share * k for z, k, share in self.encode(torch.stack([user, item, self.drawn])))
+        return users, items
+
+    @full_precision
+    def calculate_loss(self, interaction: Any) -> tuple[Tensor, ...]:
+        """Return the weighted terms of the loss for a batch of (user, positive item, negative item)."""
+        self.clear_cache()
+        user, pos, neg = self.batch_ids(interaction)
+        views = self.encode(torch.stack([user, pos, neg]))
+        users, items = (z + share * k for z, k, share in views)
+        contrast = torch.stack([self.contrast(*view, ids) for view, ids in zip(views, (user, pos), strict=True)]).sum()
+        reg = self.settings.reg_weight * self.ego_norm(user, pos, neg)
+        return self.bpr(users.index_select(0, user), items, pos, neg), self.settings.cl_weight * contrast, reg
+
+    def contrast(self, z: Tensor, k: Tensor, share: Tensor, ids: Tensor) -> Tensor:
+        """Return InfoNCE of ``z`` against ``k [n, d]`` among the distinct ``ids [B]``, each weighted by its share."""
+        ids = ids.unique()
+        key = k.index_select(0, ids)
+        weight = share.detach().index_select(0, ids).squeeze(1)
+        mask = collision_mask(ids, ids)
+        return info_nce(z.index_select(0, ids), key, key, mask, self.settings.temperature, weight)
+
+
+class TripleMean(nn.Module):
+    r"""The mean over the triples around an entity of :math:`e_r \odot e_t`, with both directions of each triple.
+
+    Args:
+        triples: head, relation and tail, ``[T, 3]``, each once.
+        n_entities: number of entities.
+        size: dimension.
+    """
+
+    relation: Tensor
+    entity: Tensor
+
+    def __init__(self, triples: Tensor, n_entities: int, size: int) -> None:
+        super().__init__()
+        head, relation, tail = triples.T
+        relation = torch.unique(relation, return_inverse=True)[1]
+        n_relations = int(relation.max()) + 1
+        self.relation_embedding = nn.Embedding(2 * n_relations, size)
+        row, entity = torch.cat([head, tail]), torch.cat([tail, head])
+        pairs, col = torch.unique(
+            torch.cat([relation, relation + n_relations]) * n_entities + entity, return_inverse=True
+        )  # the same product goes to all who have it
+        self.register_buffer("relation", pairs // n_entities, persistent=False)
+        self.register_buffer("entity", pairs % n_entities, persistent=False)
+        weight = 1 / torch.bincount(row)[row].to(torch.get_default_dtype())
+        self.matrix = SparseMatrix(Edges(torch.stack([row, col]), weight), (n_entities, len(pairs)))
+
+    def forward(self, entities: Tensor) -> Tensor:
+        """Return the means of ``entities [n_entities, d]``, same shape; zeros for an entity without triples."""
+        return self.matrix.multiply(entities.index_select(0, self.entity) * self.relation_embedding(self.relation))
+
+
+def _bpr_gradient(users: Tensor, items: Tensor, triplets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of BPR, summed over ``triplets [3, E]``, for users and items ``[n, d]``."""
+    grad_users, grad_items = torch.zeros_like(users), torch.zeros_like(items)
+    for user, pos, neg in zip(*(ids.split(PART) for ids in triplets), strict=True):
+        rows, difference = users[user], items[neg] - items[pos]
+        push = torch.sigmoid((rows * difference).sum(1, keepdim=True))
+        grad_users.index_add_(0, user, push * difference)
+        grad_items.index_add_(0, neg, push * rows).index_add_(0, pos, -push * rows)
+    return grad_users, grad_items
