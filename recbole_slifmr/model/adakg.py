@@ -3,8 +3,8 @@ r"""AdaKG: the knowledge graph's view of a node counts the more, the less stable
 Park, Jeon, Gwak, Kim, Lee, Jung, "Do All Nodes Benefit Equally from Knowledge Graphs? Adaptive Node-Aware KG Fusion
 for Recommendation", CIKM 2026, arXiv 2609.05909.
 
-With :math:`\hat A` the normalised interactions, :math:`e_r` an embedding of each relation and direction, :math:`N_h` the
-triples around an entity, and :math:`\overline{x} = x / \|x\|`:
+With :math:`\hat A` the normalised interactions, :math:`e_r` an embedding of each relation and direction, :math:`N_h`
+the triples around an entity, and :math:`\overline{x} = x / \|x\|`:
 
 .. math::
     z = \frac{1}{L} \sum_{l=1}^{L} \hat A^l e, \quad
@@ -40,13 +40,9 @@ from recbole_slifmr.data.cold import ColdScoring
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import GraphRecommender, full_precision
 from recbole_slifmr.model.settings import GraphSettings, Positive, Weight
-from recbole_slifmr.nn.encoder import unique_triples
-from recbole_slifmr.nn.graph import Edges
+from recbole_slifmr.nn.encoder import TripleMean
 from recbole_slifmr.nn.layers import unit
-from recbole_slifmr.nn.loss import collision_mask, info_nce
-from recbole_slifmr.nn.sparse import SparseMatrix
-
-PART = 65536  # interactions whose gradient is taken at once in evaluation
+from recbole_slifmr.nn.loss import bpr_gradient, collision_mask, info_nce
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class AdaKG(GraphRecommender):
         super().__init__(config, dataset)
         size, n_entities = self.settings.embedding_size, dataset.entity_num
         self.entity_embedding = nn.Embedding(n_entities - self.n_items, size)
-        self.triples = TripleMean(unique_triples(dataset.triples).to(self.device), n_entities, size)
+        self.triples = TripleMean(dataset.triples.to(self.device), n_entities, size)
         n_drawn, generator = self.interaction_encoder.edge_index.shape[1], torch.Generator().manual_seed(0)
         drawn = torch.randint(1, self.n_items, (n_drawn,), generator=generator).to(self.device)
         self.register_buffer("drawn", drawn, persistent=False)
@@ -130,15 +126,16 @@ class AdaKG(GraphRecommender):
 
     @torch.no_grad()
     def instability(self, ego: tuple[Tensor, Tensor], z: tuple[Tensor, Tensor], triplets: Tensor) -> tuple[Tensor, ...]:
-        """Return :math:`q - \\bar q` of all users and items, ``[n, 1]`` each.
+        r"""Return :math:`q - \bar q` of all users and items, ``[n, 1]`` each.
 
         Args:
             ego: ID embeddings of users and items, ``[n, d]`` each.
             z: their interaction view.
             triplets: users, positive and negative items of the BPR that the step goes against, ``[3, E]``.
         """
-        slope = self.interaction_view(*_bpr_gradient(*z, triplets))  # the view is linear and symmetric
-        moved = (e + self.settings.eps * e.norm(dim=1, keepdim=True) * unit(g) for e, g in zip(ego, slope, strict=True))
+        gradient = self.interaction_view(*bpr_gradient(*z, triplets))  # the view is linear and symmetric
+        eps = self.settings.eps
+        moved = (e + eps * e.norm(dim=1, keepdim=True) * unit(g) for e, g in zip(ego, gradient, strict=True))
         found = []
         for before, after in zip(z, self.interaction_view(*moved), strict=True):
             q = 1 - (unit(before) * unit(after)).sum(1, keepdim=True)
@@ -176,46 +173,3 @@ class AdaKG(GraphRecommender):
         weight = share.detach().index_select(0, ids).squeeze(1)
         mask = collision_mask(ids, ids)
         return info_nce(z.index_select(0, ids), key, key, mask, self.settings.temperature, weight)
-
-
-class TripleMean(nn.Module):
-    r"""The mean over the triples around an entity of :math:`e_r \odot e_t`, with both directions of each triple.
-
-    Args:
-        triples: head, relation and tail, ``[T, 3]``, each once.
-        n_entities: number of entities.
-        size: dimension.
-    """
-
-    relation: Tensor
-    entity: Tensor
-
-    def __init__(self, triples: Tensor, n_entities: int, size: int) -> None:
-        super().__init__()
-        head, relation, tail = triples.T
-        relation = torch.unique(relation, return_inverse=True)[1]
-        n_relations = int(relation.max()) + 1
-        self.relation_embedding = nn.Embedding(2 * n_relations, size)
-        row, entity = torch.cat([head, tail]), torch.cat([tail, head])
-        pairs, col = torch.unique(
-            torch.cat([relation, relation + n_relations]) * n_entities + entity, return_inverse=True
-        )  # the same product goes to all who have it
-        self.register_buffer("relation", pairs // n_entities, persistent=False)
-        self.register_buffer("entity", pairs % n_entities, persistent=False)
-        weight = 1 / torch.bincount(row)[row].to(torch.get_default_dtype())
-        self.matrix = SparseMatrix(Edges(torch.stack([row, col]), weight), (n_entities, len(pairs)))
-
-    def forward(self, entities: Tensor) -> Tensor:
-        """Return the means of ``entities [n_entities, d]``, same shape; zeros for an entity without triples."""
-        return self.matrix.multiply(entities.index_select(0, self.entity) * self.relation_embedding(self.relation))
-
-
-def _bpr_gradient(users: Tensor, items: Tensor, triplets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient of BPR, summed over ``triplets [3, E]``, for users and items ``[n, d]``."""
-    grad_users, grad_items = torch.zeros_like(users), torch.zeros_like(items)
-    for user, pos, neg in zip(*(ids.split(PART) for ids in triplets), strict=True):
-        rows, difference = users[user], items[neg] - items[pos]
-        push = torch.sigmoid((rows * difference).sum(1, keepdim=True))
-        grad_users.index_add_(0, user, push * difference)
-        grad_items.index_add_(0, neg, push * rows).index_add_(0, pos, -push * rows)
-    return grad_users, grad_items

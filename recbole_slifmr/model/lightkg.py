@@ -130,7 +130,9 @@ class LightKG(EmbeddingRecommender):
     def shared_neighbours(self, nodes: Tensor) -> Tensor:
         """Return :math:`A^2 + A` among the distinct ``nodes [B]``: common neighbours, one more for being neighbours."""
         n_nodes, ones = len(self.scale), self.scale.new_ones(self.neighbours.shape[1])
-        adjacency = torch.sparse_coo_tensor(self.neighbours, ones, (n_nodes, n_nodes), is_coalesced=True, check_invariants=False)
+        adjacency = torch.sparse_coo_tensor(
+            self.neighbours, ones, (n_nodes, n_nodes), is_coalesced=True, check_invariants=False
+        )
         rows = adjacency.index_select(0, nodes)
         return torch.sparse.mm(rows, rows.T).to_dense() + rows.index_select(1, nodes).to_dense()
 

@@ -1,6 +1,6 @@
-r"""The three encoders of SLIF-MR (arXiv 2507.09998), one per kind of graph, each free of RecBole.
+r"""The three encoders of SLIF-MR (arXiv 2507.09998), one per kind of graph, and AdaKG's of triples; free of RecBole.
 
-Every encoder owns its *initial* graph, which stays as it is: what a refresh brings, ``set_feedback`` and
+Every encoder of SLIF-MR owns its *initial* graph, which stays as it is: what a refresh brings, ``set_feedback`` and
 ``set_item_block`` put beside it, and errors cannot pile up over the refreshes.
 
 The encoders are linear, and what can be done ahead is done ahead: ``docs/performance.md`` says what it saves.
@@ -336,6 +336,38 @@ class KnowledgeEncoder(nn.Module):
         if self.ego:
             return (item_embedding + gathered) / (self.n_layers + 1)
         return gathered / self.n_layers
+
+
+class TripleMean(nn.Module):
+    r"""The mean over the triples around an entity of :math:`e_r \odot e_t`, with both directions of each triple.
+
+    Args:
+        triples: head, relation and tail, ``[T, 3]``. Duplicates count once.
+        n_entities: number of entities.
+        size: dimension.
+    """
+
+    relation: Tensor
+    entity: Tensor
+
+    def __init__(self, triples: Tensor, n_entities: int, size: int) -> None:
+        super().__init__()
+        head, relation, tail = unique_triples(triples).T
+        relation = torch.unique(relation, return_inverse=True)[1]
+        n_relations = int(relation.max()) + 1
+        self.relation_embedding = nn.Embedding(2 * n_relations, size)
+        row, entity = torch.cat([head, tail]), torch.cat([tail, head])
+        pairs, col = torch.unique(
+            torch.cat([relation, relation + n_relations]) * n_entities + entity, return_inverse=True
+        )  # the same product goes to all who have it
+        self.register_buffer("relation", pairs // n_entities, persistent=False)
+        self.register_buffer("entity", pairs % n_entities, persistent=False)
+        weight = 1 / torch.bincount(row)[row].to(torch.get_default_dtype())
+        self.matrix = SparseMatrix(Edges(torch.stack([row, col]), weight), (n_entities, len(pairs)))
+
+    def forward(self, entities: Tensor) -> Tensor:
+        """Return the means of ``entities [n_entities, d]``, same shape; zeros for an entity without triples."""
+        return self.matrix.multiply(entities.index_select(0, self.entity) * self.relation_embedding(self.relation))
 
 
 def _feedback_matrix(feedback: Edges, eta: float, n_items: int) -> SparseMatrix | None:
