@@ -82,8 +82,8 @@ class AdaKG(GraphRecommender):
         self.entity_embedding = nn.Embedding(n_entities - self.n_items, size)
         self.triples = TripleMean(dataset.triples.to(self.device), n_entities, size)
         n_drawn, generator = self.interaction_encoder.edge_index.shape[1], torch.Generator().manual_seed(0)
-        drawn = torch.randint(1, self.n_items, (n_drawn,), generator=generator).to(self.device)
-        self.register_buffer("drawn", drawn, persistent=False)
+        drawn = torch.randint(1, self.n_items, (n_drawn,), generator=generator)
+        self.register_buffer("drawn", drawn.to(self.device), persistent=False)
         self.gamma = nn.Parameter(torch.zeros(()))
         self.reset_parameters()
 
@@ -91,14 +91,13 @@ class AdaKG(GraphRecommender):
     def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
         """Return the bytes of the base, of entities and triples, of both views' layers and of the contrast."""
         parts = super().memory_parts(settings, dataset, batch_size)
-        row, n_others, n_triples = (
+        row, n_triples, n_nodes = (
             4 * settings.embedding_size,
-            dataset.entity_num - dataset.item_num,
             len(dataset.triples),
+            dataset.user_num + dataset.entity_num,
         )
-        parts["parameters and Adam"] += 4 * row * n_others
+        parts["parameters and Adam"] += 4 * row * (dataset.entity_num - dataset.item_num)
         parts["knowledge graph"] = 80 * n_triples
-        n_nodes = dataset.user_num + dataset.entity_num
         parts["training step"] += settings.n_layers * row * (4 * n_triples + 2 * n_nodes) + 24 * batch_size**2
         return parts
 
@@ -109,9 +108,9 @@ class AdaKG(GraphRecommender):
 
     def interaction_view(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean of layers 1 to L over ``[n_users, d]`` and ``[n_items, d]``, same shapes; it is symmetric."""
-        n_layers = self.settings.n_layers
-        all_users, all_items = self.interaction_encoder(users, items)  # the mean of layers 0 to L
-        return (all_users * (n_layers + 1) - users) / n_layers, (all_items * (n_layers + 1) - items) / n_layers
+        n_layers, means = self.settings.n_layers, self.interaction_encoder(users, items)  # of layers 0 to L
+        users, items = (((n_layers + 1) * mean - e) / n_layers for mean, e in zip(means, (users, items), strict=True))
+        return users, items
 
     def knowledge_view(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean of layers 0 to L over the triples, users by their items, ``[n, d]`` each."""
@@ -169,7 +168,5 @@ class AdaKG(GraphRecommender):
     def contrast(self, z: Tensor, k: Tensor, share: Tensor, ids: Tensor) -> Tensor:
         """Return InfoNCE of ``z`` against ``k [n, d]`` among the distinct ``ids [B]``, each weighted by its share."""
         ids = ids.unique()
-        key = k.index_select(0, ids)
-        weight = share.detach().index_select(0, ids).squeeze(1)
-        mask = collision_mask(ids, ids)
-        return info_nce(z.index_select(0, ids), key, key, mask, self.settings.temperature, weight)
+        query, key, weight = (rows.index_select(0, ids) for rows in (z, k, share.detach()))
+        return info_nce(query, key, key, collision_mask(ids, ids), self.settings.temperature, weight.squeeze(1))

@@ -121,11 +121,10 @@ class LightKG(EmbeddingRecommender):
     def contrast(self, embeddings: Tensor, nodes: Tensor) -> Tensor:
         """Return :math:`C` of the distinct ``nodes [B]`` of the graph, whose ID embeddings are given, ``[B, d]``."""
         rows = unit(embeddings)
-        scale = self.scale[nodes]
-        scale = scale * scale.T
-        similarity = (rows @ rows.T) * (1 - scale * self.shared_neighbours(nodes))
-        push = (1 - scale) * torch.exp(similarity / self.settings.temperature)
-        return push.sum() - push.diagonal().sum()
+        scale = self.scale[nodes] * self.scale[nodes].T
+        unlike = self.shared_neighbours(nodes).mul_(scale).neg_().add_(1)
+        apart = (1 - scale).fill_diagonal_(0)
+        return (apart * torch.exp(rows @ rows.T * unlike.div_(self.settings.temperature))).sum()
 
     def shared_neighbours(self, nodes: Tensor) -> Tensor:
         """Return :math:`A^2 + A` among the distinct ``nodes [B]``: common neighbours, one more for being neighbours."""
