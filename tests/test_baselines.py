@@ -631,13 +631,13 @@ def dense_adakg(run, user, pos, neg):
         shares.append(torch.sigmoid(F.softplus(model.gamma) * (q - q[before.any(1)].mean())))
 
     relations = sorted(set(data.triples[:, 1].tolist()))
-    entities, users = torch.cat([ego[1], model.entity_embedding.weight]), ego[0]
+    entities, users = torch.cat([ego[1], model.triple_encoder.entity_embedding.weight]), ego[0]
     around = [[] for _ in range(data.entity_num)]
     for head, relation, tail in data.triples.tolist():
         r = relations.index(relation)
         around[head].append((r, tail))
         around[tail].append((len(relations) + r, head))
-    of_relation = model.triples.relation_embedding.weight
+    of_relation = model.triple_encoder.relation_embedding.weight
     all_users, all_items = [users], [ego[1]]
     for _ in range(n_layers):
         means = adjacency @ entities[: model.n_items] / adjacency.sum(1, keepdim=True).clamp(min=1)

@@ -3,28 +3,21 @@ r"""AdaKG: the knowledge graph's view of a node counts the more, the less stable
 Park, Jeon, Gwak, Kim, Lee, Jung, "Do All Nodes Benefit Equally from Knowledge Graphs? Adaptive Node-Aware KG Fusion
 for Recommendation", CIKM 2026, arXiv 2609.05909.
 
-With :math:`\hat A` the normalised interactions, :math:`e_r` an embedding of each relation and direction, :math:`N_h`
-the triples around an entity, and :math:`\overline{x} = x / \|x\|`:
+With :math:`\hat A` the normalised interactions, :math:`k` a view of users and items by the triples
+(:class:`~recbole_slifmr.nn.encoder.TripleEncoder`) and :math:`\bar q` the mean over all users or all items:
 
 .. math::
     z = \frac{1}{L} \sum_{l=1}^{L} \hat A^l e, \quad
-    k_h^{(l+1)} = \overline{\mathrm{mean}_{(r, t) \in N_h} \; e_r \odot k_t^{(l)}}, \quad
-    k_u^{(l+1)} = \overline{\mathrm{mean}_{i \in u} \; k_i^{(l)}}, \quad
-    k = \frac{1}{L + 1} \sum_{l=0}^{L} k^{(l)} .
-
-A step against BPR, :math:`e' = e + \epsilon \|e\| \, \overline{\nabla_e \mathrm{BPR}(z)}`, shows how stable
-:math:`z` is, and from that follows a share for every node:
-
-.. math::
-    q = 1 - \cos(z, z'), \quad \alpha = \sigma(\mathrm{softplus}(\gamma) (q - \bar q)), \quad
+    e' = e + \epsilon \|e\| \, \frac{\nabla_e \mathrm{BPR}(z)}{\|\nabla_e \mathrm{BPR}(z)\|}, \quad
+    q = 1 - \cos(z, z'), \quad \alpha = \sigma(\mathrm{softplus}(\gamma) (q - \bar q)), \\
     L = \mathrm{BPR}(z + \alpha k) + w \, \alpha \, \mathrm{InfoNCE}(z, k) + \lambda \|e\|^2 .
 
 Written from the abstract, the published settings and a summary of the equations; choices where these leave one. Both
-views start from the same ID embeddings. Triples count in both directions. The mean :math:`\bar q` is over all users or
-all items, instead of those of the batch, so that scores do not depend on who is scored beside. The step takes the
-gradient of the batch in training; in evaluation that of all training interactions with negatives that are drawn once,
-so that scores depend on the parameters alone. No gradient passes through q, nor through the weight of InfoNCE, which
-would fall by itself. An item without interactions has q = 1, and its ID embedding counts as zero.
+views start from the same ID embeddings. :math:`\bar q` is not of the batch, so that scores do not depend on who is
+scored beside. The step :math:`e'` takes the gradient of the batch in training; in evaluation that of all training
+interactions with negatives that are drawn once, so that scores depend on the parameters alone. No gradient passes
+through q, nor through the weight of InfoNCE, which would fall by itself. An item without interactions has q = 1, and
+its ID embedding counts as zero.
 """
 
 from __future__ import annotations
@@ -36,11 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recbole_slifmr.data.cold import ColdScoring
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import GraphRecommender, full_precision
 from recbole_slifmr.model.settings import GraphSettings, Positive, Weight
-from recbole_slifmr.nn.encoder import TripleMean
+from recbole_slifmr.nn.encoder import TripleEncoder
 from recbole_slifmr.nn.layers import unit
 from recbole_slifmr.nn.loss import bpr_gradient, collision_mask, info_nce
 
@@ -78,9 +70,8 @@ class AdaKG(GraphRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        size, n_entities = self.settings.embedding_size, dataset.entity_num
-        self.entity_embedding = nn.Embedding(n_entities - self.n_items, size)
-        self.triples = TripleMean(dataset.triples.to(self.device), n_entities, size)
+        size, n_layers, triples = self.settings.embedding_size, self.settings.n_layers, dataset.triples.to(self.device)
+        self.triple_encoder = TripleEncoder(triples, dataset.entity_num, self.n_items, size, n_layers)
         n_drawn, generator = self.interaction_encoder.edge_index.shape[1], torch.Generator().manual_seed(0)
         drawn = torch.randint(1, self.n_items, (n_drawn,), generator=generator)
         self.register_buffer("drawn", drawn.to(self.device), persistent=False)
@@ -101,27 +92,11 @@ class AdaKG(GraphRecommender):
         parts["training step"] += settings.n_layers * row * (4 * n_triples + 2 * n_nodes) + 24 * batch_size**2
         return parts
 
-    @classmethod
-    def scores_cold(cls, config: Any) -> ColdScoring:
-        """Say that items are known by their triples, too."""
-        return ColdScoring(True, f"{config['model']} scores cold items by their triples")
-
     def interaction_view(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean of layers 1 to L over ``[n_users, d]`` and ``[n_items, d]``, same shapes; it is symmetric."""
         n_layers, means = self.settings.n_layers, self.interaction_encoder(users, items)  # of layers 0 to L
         users, items = (((n_layers + 1) * mean - e) / n_layers for mean, e in zip(means, (users, items), strict=True))
         return users, items
-
-    def knowledge_view(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean of layers 0 to L over the triples, users by their items, ``[n, d]`` each."""
-        graph, everyone = self.interaction_encoder.graph, torch.ones_like(items[:, 0], dtype=torch.bool)
-        entities = torch.cat([items, self.entity_embedding.weight])
-        all_users, all_items = users, items
-        for _ in range(self.settings.n_layers):
-            all_users = all_users + unit(graph.user_means(entities[: self.n_items], everyone))
-            entities = unit(self.triples(entities))
-            all_items = all_items + entities[: self.n_items]
-        return all_users / (self.settings.n_layers + 1), all_items / (self.settings.n_layers + 1)
 
     @torch.no_grad()
     def instability(self, ego: tuple[Tensor, Tensor], z: tuple[Tensor, Tensor], triplets: Tensor) -> tuple[Tensor, ...]:
@@ -144,9 +119,9 @@ class AdaKG(GraphRecommender):
     def encode(self, triplets: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return interaction view ``[n, d]``, knowledge view ``[n, d]`` and share ``[n, 1]``, of users and of items."""
         ego = self.user_embedding.weight, self.known(self.item_embedding.weight)
-        z = self.interaction_view(*ego)
+        z, k = self.interaction_view(*ego), self.triple_encoder(*ego, self.interaction_encoder.graph)
         share = (torch.sigmoid(F.softplus(self.gamma) * q) for q in self.instability(ego, z, triplets))
-        return list(zip(z, self.knowledge_view(*ego), share, strict=True))
+        return list(zip(z, k, share, strict=True))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return the final embeddings of all users and items, ``[n, d]``."""

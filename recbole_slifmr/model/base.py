@@ -130,7 +130,8 @@ class EmbeddingRecommender(DeclaredRecommender):
     @classmethod
     def scores_cold(cls, config: Any) -> ColdScoring:
         """Say whether the model can score items without training interactions."""
-        return ColdScoring(True, f"{config['model']} scores cold items by their features")
+        known_by = "the entities around them" if cls.needs_kg else "their features"
+        return ColdScoring(True, f"{config['model']} scores cold items by {known_by}")
 
     def known(self, embedding: Tensor, items: Tensor | None = None) -> Tensor:
         """Return the ID embeddings of all items, or of ``items [B]``, zeros for cold ones, whose own are untrained."""

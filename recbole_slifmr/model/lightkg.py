@@ -33,7 +33,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recbole_slifmr.data.cold import ColdScoring
 from recbole_slifmr.model.base import EmbeddingRecommender, full_precision
 from recbole_slifmr.model.settings import GraphSettings, PartOf, Positive, Weight
 from recbole_slifmr.nn.encoder import unique_triples
@@ -101,11 +100,6 @@ class LightKG(EmbeddingRecommender):
             "graph": 2 * n_edges * 32,
             "training step": (settings.n_layers + 4) * table + 24 * (n_users**2 + n_items**2),
         }
-
-    @classmethod
-    def scores_cold(cls, config: Any) -> ColdScoring:
-        """Say that items are known by their entities, too."""
-        return ColdScoring(True, f"{config['model']} scores cold items by their entities")
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return the final embeddings of all users and items, ``[n, d]``."""
