@@ -98,7 +98,7 @@ class LightKG(EmbeddingRecommender):
         return {
             "parameters and Adam": 4 * table,
             "graph": 2 * n_edges * 32,
-            "training step": (settings.n_layers + 4) * table + 24 * (n_users**2 + n_items**2),
+            "training step": (settings.n_layers + 4) * table + 44 * (n_users**2 + n_items**2),
         }
 
     def forward(self) -> tuple[Tensor, Tensor]:
