@@ -43,26 +43,6 @@ def bpr_loss(pos_score: Tensor, neg_score: Tensor) -> Tensor:
     return F.softplus(neg_score - pos_score).mean()
 
 
-def bpr_gradient(users: Tensor, items: Tensor, triplets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient of BPR, summed over the triplets, for all users and items.
-
-    Args:
-        users: ``[n_users, d]``.
-        items: ``[n_items, d]``.
-        triplets: user, positive and negative item of each, ``[3, E]``; taken some at a time.
-
-    Returns:
-        ``[n_users, d]`` and ``[n_items, d]``.
-    """
-    grad_users, grad_items = torch.zeros_like(users), torch.zeros_like(items)
-    for user, pos, neg in triplets.split(65536, dim=1):
-        rows, difference = users[user], items[neg] - items[pos]
-        push = torch.sigmoid((rows * difference).sum(1, keepdim=True))
-        grad_users.index_add_(0, user, push * difference)
-        grad_items.index_add_(0, neg, push * rows).index_add_(0, pos, -push * rows)
-    return grad_users, grad_items
-
-
 def hardest_negatives(users: Tensor, negatives: Tensor, candidates: Tensor, known: Tensor) -> Tensor:
     """Return the candidate that each user scores highest by inner product; no gradients.
 
@@ -262,3 +242,23 @@ def _mean_info_nce(
 def l2_loss(*embeddings: Tensor) -> Tensor:
     """Return half the squared norm of the rows of a batch, divided by the batch size; ``[B, d]`` each."""
     return sum((rows.pow(2).sum() / (2 * max(len(rows), 1)) for rows in embeddings), torch.zeros(()).to(embeddings[0]))
+
+
+def bpr_gradient(users: Tensor, items: Tensor, triplets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of BPR, summed over the triplets, for all users and items.
+
+    Args:
+        users: ``[n_users, d]``.
+        items: ``[n_items, d]``.
+        triplets: user, positive and negative item of each, ``[3, E]``; taken some at a time.
+
+    Returns:
+        ``[n_users, d]`` and ``[n_items, d]``.
+    """
+    grad_users, grad_items = torch.zeros_like(users), torch.zeros_like(items)
+    for user, pos, neg in triplets.split(65536, dim=1):
+        rows, difference = users[user], items[neg] - items[pos]
+        push = torch.sigmoid((rows * difference).sum(1, keepdim=True))
+        grad_users.index_add_(0, user, push * difference)
+        grad_items.index_add_(0, neg, push * rows).index_add_(0, pos, -push * rows)
+    return grad_users, grad_items
