@@ -156,13 +156,13 @@ def test_the_command_prints_and_writes(tiny, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in tiny.iterdir()} == before
 
 
-@pytest.mark.parametrize("model", ["LATTICE", "XSimGCL", "CEASE"])
+@pytest.mark.parametrize("model", ["LATTICE", "XSimGCL", "LightKG", "CEASE"])
 def test_the_memory_is_that_of_the_model_asked_for(tiny, tmp_path, model):
     assert run("tiny", f"--model={model}", f"--data_path={tiny.parent}", f"--out={tmp_path}", "--topk=[5]") == 0
     found = json.loads((tmp_path / "inspect.json").read_text())
     assert ("item graphs" in found["memory_mb"]) == (model == "LATTICE")
     assert ("solving" in found["memory_mb"]) == (model == "CEASE")
-    assert set(found["modalities"]) == (set() if model == "XSimGCL" else {"text", "image"})
+    assert set(found["modalities"]) == (set() if model in ("XSimGCL", "LightKG") else {"text", "image"})
 
 
 def test_no_command_writes_into_the_folder_of_the_data(tiny, capsys):

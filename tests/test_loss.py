@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from recbole_slifmr.nn.diagnostics import homogenisation, smoothing
 from recbole_slifmr.nn.loss import (
     alignment_uniformity,
+    bpr_gradient,
     bpr_loss,
     collision_mask,
     contrast_nodes,
@@ -208,3 +210,23 @@ def test_smoothing_tells_collapse_from_spread():
     assert smoothing(torch.ones(5, 3)) == pytest.approx(1.0)
     assert smoothing(torch.eye(40)) == pytest.approx(0.0)
     assert smoothing(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])) == pytest.approx(-1.0), "never a node with itself"
+
+
+def test_the_gradient_of_bpr_equals_autograd_s():
+    users, items = torch.randn(4, 3, dtype=torch.double), torch.randn(6, 3, dtype=torch.double)
+    users.requires_grad_()
+    items.requires_grad_()
+    user, pos, neg = torch.tensor([[0, 1, 1, 3], [2, 2, 5, 0], [4, 4, 2, 1]])  # items repeat, also as pos and neg
+    loss = F.softplus((users[user] * items[neg]).sum(1) - (users[user] * items[pos]).sum(1)).sum()
+    with torch.no_grad():
+        found = bpr_gradient(users, items, torch.stack([user, pos, neg]))
+    torch.testing.assert_close(found, torch.autograd.grad(loss, (users, items)))
+
+
+def test_info_nce_weighs_its_queries():
+    query, key = torch.randn(3, 4), torch.randn(3, 4)
+    mask = collision_mask(torch.arange(3), torch.arange(3))
+    each = [info_nce(query[[i]], key[[i]], key, mask[[i]], 0.5) for i in range(3)]
+    weight = torch.tensor([0.0, 1.0, 3.0])
+    expected = (each[1] + 3 * each[2]) / 3
+    torch.testing.assert_close(info_nce(query, key, key, mask, 0.5, weight), expected)

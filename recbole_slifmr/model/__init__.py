@@ -1,3 +1,19 @@
 """Models; each is a RecBole model of its own."""
 
-MODELS = ("SLIFMR", "LATTICE", "FREEDOM", "BM3", "VBPR", "XSimGCL", "MSCA", "MGCN", "SMORE", "CEASE", "AddEASE", "L3AE")
+MODELS = (
+    "SLIFMR",
+    "SLIFMRPaper",
+    "LATTICE",
+    "FREEDOM",
+    "BM3",
+    "VBPR",
+    "XSimGCL",
+    "MSCA",
+    "MGCN",
+    "SMORE",
+    "LightKG",
+    "AdaKG",
+    "CEASE",
+    "AddEASE",
+    "L3AE",
+)

@@ -111,17 +111,19 @@ class EmbeddingRecommender(DeclaredRecommender):
     Attributes:
         loss_names: of the terms that ``calculate_loss`` returns.
         needs_features: whether the model cannot do without item features.
+        needs_kg: whether the model cannot do without a knowledge graph.
         needs_negatives: whether the model cannot do without sampled negative items.
 
     Raises:
         SettingError: for a setting outside its limits, or of the trainer that needs what the model cannot do.
-        DataError: if the model needs item features and there are none.
+        DataError: if the model needs item features or a knowledge graph and there are none.
     """
 
     input_type = InputType.PAIRWISE
     settings: ModelSettings
     loss_names: tuple[str, ...]
     needs_features = False
+    needs_kg = False
     needs_negatives = True
     warm: Tensor | None
     forward: Callable[[], tuple[Tensor, Tensor]]
@@ -150,6 +152,12 @@ class EmbeddingRecommender(DeclaredRecommender):
             if not settings.use_features:
                 fix = "set use_features to True"
             raise DataError(f"{config['model']} needs item features and '{dataset.dataset_name}' has none: {fix}")
+        if cls.needs_kg and not len(dataset.triples):
+            name = dataset.dataset_name
+            fix = f"put {name}.kg and {name}.link into {dataset.dataset_path}"
+            if not settings.use_kg:
+                fix = "set use_kg to True"
+            raise DataError(f"{config['model']} needs a knowledge graph and '{name}' has none: {fix}")
 
     def reset_parameters(self) -> None:
         """Initialise the parameters, as RecBole's models do: Xavier's uniform distribution, biases 0."""
@@ -158,7 +166,8 @@ class EmbeddingRecommender(DeclaredRecommender):
     @classmethod
     def scores_cold(cls, config: Any) -> ColdScoring:
         """Say whether the model can score items without training interactions."""
-        return ColdScoring(True, f"{config['model']} scores cold items by their features")
+        known_by = "the entities around them" if cls.needs_kg else "their features"
+        return ColdScoring(True, f"{config['model']} scores cold items by {known_by}")
 
     def known(self, embedding: Tensor, items: Tensor | None = None) -> Tensor:
         """Return the ID embeddings of all items, or of ``items [B]``, zeros for cold ones, whose own are untrained."""

@@ -1,6 +1,6 @@
-r"""The three encoders of SLIF-MR (arXiv 2507.09998), one per kind of graph, each free of RecBole.
+r"""The three encoders of SLIF-MR (arXiv 2507.09998), one per kind of graph, and AdaKG's of triples; free of RecBole.
 
-Every encoder owns its *initial* graph, which stays as it is: what a refresh brings, ``set_feedback`` and
+Every encoder of SLIF-MR owns its *initial* graph, which stays as it is: what a refresh brings, ``set_feedback`` and
 ``set_item_block`` put beside it, and errors cannot pile up over the refreshes.
 
 The encoders are linear, and what can be done ahead is done ahead: ``docs/performance.md`` says what it saves.
@@ -22,7 +22,7 @@ from recbole_slifmr.nn.graph import (
     sample_interactions,
     unique_edges,
 )
-from recbole_slifmr.nn.layers import light_propagation
+from recbole_slifmr.nn.layers import light_propagation, unit
 from recbole_slifmr.nn.sparse import RelationalMatrix, SparseMatrix
 
 RELATION_WEIGHTS = ("learned", "uniform")
@@ -281,7 +281,7 @@ class KnowledgeEncoder(nn.Module):
                 f"kg_relation_weight must be one of {', '.join(RELATION_WEIGHTS)}, not '{relation_weight}'"
             )
         self.n_items, self.n_layers, self.ego = n_items, n_layers, ego or n_layers == 0
-        triples = filter_by_degree(_unique_triples(triples), n_entities, n_items, degree_range)
+        triples = filter_by_degree(unique_triples(triples), n_entities, n_items, degree_range)
         self.n_triples = len(triples)
         relation = torch.unique(triples[:, 1], return_inverse=True)[1]
         if relation_weight == "uniform":
@@ -338,6 +338,56 @@ class KnowledgeEncoder(nn.Module):
         return gathered / self.n_layers
 
 
+class TripleEncoder(nn.Module):
+    r"""Entities by the triples around them, users by their items; of unit length in every layer but 0.
+
+    .. math::
+        k_h^{(l+1)} = \overline{\mathrm{mean}_{(r, t) \in N_h} \; e_r \odot k_t^{(l)}}, \quad
+        k_u^{(l+1)} = \overline{\mathrm{mean}_{i \in u} \; k_i^{(l)}}, \quad
+        k = \frac{1}{L + 1} \sum_{l=0}^{L} k^{(l)}, \quad \overline{x} = x / \|x\|
+
+    :math:`N_h` has the triples of :math:`h` as head, and those as tail under a relation of their own.
+
+    Args:
+        triples: head, relation and tail, ``[T, 3]``; entity i is item i for ``i < n_items``. Duplicates count once.
+        n_entities: number of entities, items included.
+        n_items: number of items.
+        size: embedding dimension.
+        n_layers: number of layers.
+    """
+
+    relation: Tensor
+    entity: Tensor
+
+    def __init__(self, triples: Tensor, n_entities: int, n_items: int, size: int, n_layers: int) -> None:
+        super().__init__()
+        self.n_items, self.n_layers = n_items, n_layers
+        head, relation, tail = unique_triples(triples).T
+        relation = torch.unique(relation, return_inverse=True)[1]
+        n_relations = int(relation.max()) + 1
+        self.entity_embedding = nn.Embedding(n_entities - n_items, size)
+        self.relation_embedding = nn.Embedding(2 * n_relations, size)
+        row, entity = torch.cat([head, tail]), torch.cat([tail, head])
+        key = torch.cat([relation, relation + n_relations]) * n_entities + entity
+        pairs, col = torch.unique(key, return_inverse=True)  # a product once, however many entities have it
+        self.register_buffer("relation", pairs // n_entities, persistent=False)
+        self.register_buffer("entity", pairs % n_entities, persistent=False)
+        weight = 1 / torch.bincount(row)[row].to(torch.get_default_dtype())
+        self.mean = SparseMatrix(Edges(torch.stack([row, col]), weight), (n_entities, len(pairs)))
+
+    def forward(self, user_embedding: Tensor, item_embedding: Tensor, graph: InteractionGraph) -> tuple[Tensor, Tensor]:
+        """Encode ``[n_users, d]`` and ``[n_items, d]`` with the interactions; same shapes out."""
+        everyone = torch.ones(self.n_items, dtype=torch.bool, device=item_embedding.device)
+        entities = torch.cat([item_embedding, self.entity_embedding.weight])
+        all_users, all_items = user_embedding, item_embedding
+        for _ in range(self.n_layers):
+            all_users = all_users + unit(graph.user_means(entities[: self.n_items], everyone))
+            products = entities.index_select(0, self.entity) * self.relation_embedding(self.relation)
+            entities = unit(self.mean.multiply(products))
+            all_items = all_items + entities[: self.n_items]
+        return all_users / (self.n_layers + 1), all_items / (self.n_layers + 1)
+
+
 def _feedback_matrix(feedback: Edges, eta: float, n_items: int) -> SparseMatrix | None:
     if eta == 0 or feedback.edge_index.shape[1] == 0:
         return None
@@ -375,7 +425,7 @@ def _relation_counts(row: Tensor, relation: Tensor, shape: tuple[int, int]) -> S
     return SparseMatrix(Edges(index, counts.to(torch.get_default_dtype())), shape)
 
 
-def _unique_triples(triples: Tensor) -> Tensor:
+def unique_triples(triples: Tensor) -> Tensor:
     """Return each triple once, in order; by one key each, for ``torch.unique`` by rows takes twenty times as long."""
     n_heads, n_relations, n_tails = (triples.amax(0) + 1).tolist() if len(triples) else (1, 1, 1)
     if n_heads * n_relations * n_tails >= 2**63:

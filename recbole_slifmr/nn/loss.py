@@ -69,7 +69,9 @@ def collision_mask(ids: Tensor, negative_ids: Tensor) -> Tensor:
     return torch.zeros(same.shape, device=ids.device).masked_fill_(same, -1e4)  # -inf: NaN where nothing is left
 
 
-def info_nce(query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, temperature: float) -> Tensor:
+def info_nce(
+    query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, temperature: float, weight: Tensor | None = None
+) -> Tensor:
     """Return InfoNCE of each query against its own key, with the same negatives for every query.
 
     Args:
@@ -78,11 +80,12 @@ def info_nce(query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, tempera
         negative: ``[n, d]``.
         mask: ``[B, n]`` of :func:`collision_mask`: a negative with the id of the positive is none.
         temperature: divides the cosine similarities; positive.
+        weight: of each query, ``[B]``; 1 if None.
 
     Returns:
-        the mean over the batch, a scalar; 0 for an empty batch and without negatives.
+        the mean over the batch of the weighted terms, a scalar; 0 for an empty batch and without negatives.
     """
-    return _info_nce(unit(query), unit(key), unit(negative), mask, temperature)
+    return _info_nce(unit(query), unit(key), unit(negative), mask, temperature, weight)
 
 
 def contrast_nodes(pairs: Sequence[tuple[Tensor, Tensor]], ids: Tensor, temperature: float, n_negatives: int) -> Tensor:
@@ -112,13 +115,16 @@ def contrast_nodes(pairs: Sequence[tuple[Tensor, Tensor]], ids: Tensor, temperat
     return torch.stack(terms).sum()
 
 
-def _info_nce(query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, temperature: float) -> Tensor:
+def _info_nce(
+    query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, temperature: float, weight: Tensor | None = None
+) -> Tensor:
     """:func:`info_nce` of rows of unit length."""
     if len(query) == 0 or len(negative) == 0:
         return 0 * query.sum()
     query = query / temperature
     positive = (query * key).sum(1)
-    return F.softplus(_ProductLogSumExp.apply(query, negative, mask) - positive).mean()
+    terms = F.softplus(_ProductLogSumExp.apply(query, negative, mask) - positive)
+    return (terms if weight is None else weight * terms).mean()
 
 
 class _ProductLogSumExp(torch.autograd.Function):
@@ -265,3 +271,23 @@ def _mean_info_nce(
 def l2_loss(*embeddings: Tensor) -> Tensor:
     """Return half the squared norm of the rows of a batch, divided by the batch size; ``[B, d]`` each."""
     return sum((rows.pow(2).sum() / (2 * max(len(rows), 1)) for rows in embeddings), torch.zeros(()).to(embeddings[0]))
+
+
+def bpr_gradient(users: Tensor, items: Tensor, triplets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of BPR, summed over the triplets, for all users and items.
+
+    Args:
+        users: ``[n_users, d]``.
+        items: ``[n_items, d]``.
+        triplets: user, positive and negative item of each, ``[3, E]``; taken some at a time.
+
+    Returns:
+        ``[n_users, d]`` and ``[n_items, d]``.
+    """
+    grad_users, grad_items = torch.zeros_like(users), torch.zeros_like(items)
+    for user, pos, neg in triplets.split(65536, dim=1):
+        rows, difference = users[user], items[neg] - items[pos]
+        push = torch.sigmoid((rows * difference).sum(1, keepdim=True))
+        grad_users.index_add_(0, user, push * difference)
+        grad_items.index_add_(0, neg, push * rows).index_add_(0, pos, -push * rows)
+    return grad_users, grad_items
