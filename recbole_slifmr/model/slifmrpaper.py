@@ -1,4 +1,4 @@
-"""SLIF-MR as its paper has it, without what this package adds: a preset of :class:`~recbole_slifmr.model.slifmr.SLIFMR`.
+"""SLIF-MR as its paper has it: SLIFMR without what this package adds.
 
 Guo, Jiang, Guo, Song, Sun, "SLIF-MR: Self-loop Iterative Fusion of Heterogeneous Auxiliary Information for Multimodal
 Recommendation", arXiv 2507.09998.
@@ -7,6 +7,8 @@ Left out are the linear branch, the knowledge graph as features, item graphs amo
 the interaction view as a residual: see ``properties/model/SLIFMRPaper.yaml``. Choices that the paper leaves open are
 those of SLIFMR.
 """
+
+from __future__ import annotations
 
 from recbole_slifmr.model.slifmr import SLIFMR
 
