@@ -25,7 +25,7 @@ from recbole.utils import get_model
 from recbole.utils.argument_list import dataset_arguments
 
 from recbole_slifmr.data.cold import is_cold, sample_warm_only
-from recbole_slifmr.data.dataset import SETTINGS, SLIFMRDataset
+from recbole_slifmr.data.dataset import SETTINGS, SLIFMRDataset, choose_batch_size
 from recbole_slifmr.host import compat
 from recbole_slifmr.host.settings import model_names, wrap_config
 from recbole_slifmr.host.stored import allow_in_checkpoints
@@ -56,13 +56,14 @@ def register() -> None:
 
 
 def _wrap_samplers() -> None:
-    """Have RecBole draw no cold items as training negatives."""
+    """Have RecBole draw no cold items as training negatives, and choose the batch size before it makes loaders."""
     create = recbole.data.utils.create_samplers
     if hasattr(create, "__wrapped__"):
         return
 
     @functools.wraps(create)
     def create_samplers(config: Config, dataset: Any, built_datasets: list[Any]) -> tuple[Any, Any, Any]:
+        choose_batch_size(config, len(built_datasets[0]))
         samplers = create(config, dataset, built_datasets)
         if config["cold_items"] and samplers[0] is not None:
             sample_warm_only(samplers[0], is_cold(built_datasets[0]))

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from conftest import BOARD, all_scores, batch_of
 
+from recbole_slifmr.data.dataset import choose_batch_size
 from recbole_slifmr.data.features import KG_TAGS
 from recbole_slifmr.errors import SettingError
+from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.nn import loss
 from recbole_slifmr.nn.graph import knn_graph, unique_edges
 from recbole_slifmr.paths import ROOT
@@ -410,3 +412,25 @@ def test_diagnostics_by_hand(tiny, build):
 
 def test_printing_the_model_shows_the_sizes_of_its_graphs(tiny, build):
     assert "21 x 16" in str(build(tiny).model) and "entries" in str(build(tiny).model)
+
+
+# -- batches -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, size", [(100, 2048), (100_000, 3125), (10**7, 8192)])
+def test_the_batch_follows_the_data_where_it_is_left_to_it(tiny, n, size):
+    config = make_config("SLIFMR", "tiny", settings={"data_path": str(tiny.parent)})
+    assert config["train_batch_size"] == "auto"
+    choose_batch_size(config, n)
+    assert config["train_batch_size"] == size
+    given = make_config("SLIFMR", "tiny", settings={"data_path": str(tiny.parent), "train_batch_size": 7})
+    choose_batch_size(given, n)
+    assert given["train_batch_size"] == 7
+
+
+def test_loaders_have_the_batch_that_follows_the_data(tiny, build):
+    run = build(tiny, train_batch_size="auto")
+    assert run.train.step == run.trainer.config["train_batch_size"] == 2048
+    for value in ("automatic", 0.5):
+        with pytest.raises(SettingError, match="train_batch_size must be a whole number"):
+            build(tiny, train_batch_size=value)

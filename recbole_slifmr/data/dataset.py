@@ -51,6 +51,24 @@ def feature_folder_of(config: Any) -> Path:
     return find_feature_folder(config["feature_path"], Path(config["data_path"]))
 
 
+AUTO = "auto"
+STEPS, SMALLEST_BATCH, LARGEST_BATCH = 32, 2048, 8192  # of an epoch with train_batch_size: auto
+
+
+def choose_batch_size(config: Any, n_interactions: int) -> None:
+    """Give ``train_batch_size: auto`` its value: so many interactions that an epoch has 32 steps, from 2048 to 8192.
+
+    A model that propagates over whole graphs does so in every step. With a fixed batch, the time of an epoch would grow
+    with the square of the interactions.
+
+    Args:
+        config: RecBole's configuration; it has the number afterwards.
+        n_interactions: of the training split.
+    """
+    if config["train_batch_size"] == AUTO:
+        config["train_batch_size"] = min(max(n_interactions // STEPS, SMALLEST_BATCH), LARGEST_BATCH)
+
+
 class SLIFMRDataset(KnowledgeBasedDataset):
     """Interactions, plus ``.kg`` and ``.link`` and item features if the model reads them and they are there.
 

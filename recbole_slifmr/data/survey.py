@@ -15,7 +15,7 @@ import scipy.sparse as sp
 import torch
 from torch.nn import functional as F
 
-from recbole_slifmr.data.dataset import SLIFMRDataset
+from recbole_slifmr.data.dataset import SLIFMRDataset, choose_batch_size
 from recbole_slifmr.data.features import ItemFeatures
 from recbole_slifmr.data.table import examine
 from recbole_slifmr.files import replace_file, write_json
@@ -46,6 +46,7 @@ def survey(config: Any, splits: Mapping[str, SLIFMRDataset], n_pairs: int = N_PA
         what was found, fit for JSON; :func:`sections` puts it into tables, :func:`remarks` into words.
     """
     train = splits["train"]
+    choose_batch_size(config, len(train.inter_feat))
     memory = config.model_class.estimate_memory(config, train)  # first: it starts from what the process takes now
     pairs = {name: _pairs(data) for name, data in splits.items()}
     modalities = {}

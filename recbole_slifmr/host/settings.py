@@ -28,7 +28,7 @@ from recbole.config import Config
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import get_model
 
-from recbole_slifmr.data.dataset import SETTINGS, SLIFMRDataset
+from recbole_slifmr.data.dataset import AUTO, SETTINGS, SLIFMRDataset
 from recbole_slifmr.data.noise import read_noise
 from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
 from recbole_slifmr.model import MODELS
@@ -269,8 +269,8 @@ def _check_types(config: Config) -> None:
     """Refuse a number of RecBole's that is none, and what the model's settings refuse."""
     for name in NUMBERS:
         value, default = config.external_config_dict.get(name), config.internal_config_dict.get(name)
-        if name in config.external_config_dict and default is not None:
-            check(name, value, type(default))
+        if name in config.external_config_dict and default is not None and (name, value) != ("train_batch_size", AUTO):
+            check(name, value, int if default == AUTO else type(default))
     if hasattr(config.model_class, "settings_class"):
         config.model_class.settings_class.read(config)
 

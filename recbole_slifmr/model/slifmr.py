@@ -57,6 +57,7 @@ class SLIFMRSettings(FusedSettings):
     eta_interaction: Share
     eta_feature: Share
     eta_kg: Share
+    train_batch_size: int | str
     n_candidates: Count
     inter_weight: Weight
     inter_loss: Annotated[str, INTER_LOSSES]

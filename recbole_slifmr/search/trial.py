@@ -16,6 +16,7 @@ import torch
 from recbole.config import Config
 from recbole.data.dataloader import KnowledgeBasedDataLoader
 
+from recbole_slifmr.data.dataset import choose_batch_size
 from recbole_slifmr.training.callback import Callback
 from recbole_slifmr.training.checkpoint import read_checkpoint
 from recbole_slifmr.training.experiment import load_data, make_trainer, set_threads, start_log
@@ -57,6 +58,7 @@ def train_loader(config: Config, shared: Any) -> Any:
     """Return a training loader for the settings of one trial, on the data and sampler of a shared one."""
     data = shared._dataset
     data.config = config
+    choose_batch_size(config, len(data))
     samplers = [part._sampler for part in _parts(shared)]
     loader = type(shared)(config, data, *samplers, shuffle=len(samplers) > 1 or shared.shuffle)
     if len(samplers) > 1:
