@@ -142,7 +142,7 @@ def test_a_cold_item_s_own_embedding_counts_for_nothing(tiny, build, model):
 
 
 def test_slifmr_lends_a_cold_item_the_interactions_of_its_warm_neighbours(tiny, build):
-    run = build(tiny, cold_items=0.4, modalities={"text": "text.npy"}, knn_k=3)
+    run = build(tiny, cold_items=0.4, modalities={"text": "text.npy"}, knn_k=3, kg_view="graph")
     cold = is_cold(run.train._dataset)
     run.model.eval()
     views = run.model.encode()
@@ -160,7 +160,7 @@ def test_slifmr_lends_a_cold_item_the_interactions_of_its_warm_neighbours(tiny, 
 
 
 def test_slifmr_without_features_sees_no_interactions_of_a_cold_item(tiny, build):
-    run = build(tiny, cold_items=0.4, use_features=False)
+    run = build(tiny, cold_items=0.4, use_features=False, kg_view="graph")
     run.model.refresh_graphs()
     cold = is_cold(run.train._dataset)
     views = run.model.encode()

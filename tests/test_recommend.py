@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 import torch
 from conftest import QUIET, all_scores, write_tiny
 
@@ -152,8 +153,7 @@ def test_an_interrupted_run_leaves_the_old_file(tmp_path, kind):
 def test_similar_items_are_the_nearest_by_cosine(trained, capsys):
     done = slifmr(capsys, "recommend", "--checkpoint", trained(), "--similar-items=i4", "--k=5")
     model = load_trained(trained())
-    items = model.embeddings()[1].numpy()[1:, : model.model.embedding_size]  # without the coordinate of popularity
-    assert items.shape[1] < model.embeddings()[1].shape[1]
+    items = model.embeddings()[1].numpy()[1:]
     items = items / np.linalg.norm(items, axis=1, keepdims=True)
     own = model.item_ids(["i4"])[0] - 1
     cosine = pd.Series(items @ items[own], model.item_tokens[1:]).drop("i4").sort_values(ascending=False)[:5]
@@ -218,16 +218,23 @@ def test_explanations_are_what_the_files_and_the_graph_say(trained, capsys, buil
         torch.nn.functional.normalize(views.items, dim=2) if normalize else views.items, views.item_mask
     )
     edges = set(map(tuple, model.feedback_index.T.tolist()))
-    z = torch.nn.functional.normalize(model()[1][:, : model.embedding_size], dim=1).detach()
+    z_user, z_item = (part.detach() for part in model())
+    z = torch.nn.functional.normalize(z_item, dim=1)
     learned = set(map(tuple, torch.stack([data.inter_feat["user_id"], data.inter_feat["item_id"]]).T.tolist()))
     # i -> e_i, whose only triple is (e_i, r, x_{i % 4}); i0 is not linked
     n_near = n_shared = 0
     for row in found:
         user, item, why = users[row["user"]], items[row["item"]], row["explanation"]
-        assert list(why["item_views"]) == list(why["user_views"]) == ["interaction", "image", "text", "kg"]
+        assert list(why["item_views"]) == list(why["user_views"]) == ["interaction", "image", "text", "kg_tags"]
         np.testing.assert_allclose(list(why["item_views"].values()), item_weights[item].tolist(), atol=1e-4)
         assert sum(why["user_views"].values()) == pytest.approx(1, abs=1e-3)
         own = {token for token, i in items.items() if (user, i) in learned}
+        assert why["graphs"] == pytest.approx(float(z_user[user] @ z_item[item]), abs=1e-3)
+        assert why["graphs"] + why["linear"] == pytest.approx(row["score"], abs=1e-3)
+        shares = {o: model.linear.scale * float(model.linear.weights[items[o], item]) for o in own}
+        assert [n["item"] for n in why["items"]] == sorted((o for o in own if shares[o] > 0), key=shares.get)[::-1][:5]
+        for n in why["items"]:
+            assert n["score"] == pytest.approx(shares[n["item"]], abs=1e-4)
         near = sorted((o for o in own if (item, items[o]) in edges), key=lambda o: -float(z[item] @ z[items[o]]))
         assert [n["item"] for n in why["neighbours"]] == near[:5]
         for n in why["neighbours"]:
@@ -246,14 +253,14 @@ def test_explanations_are_what_the_files_and_the_graph_say(trained, capsys, buil
 def test_explanations_are_a_table_for_people(trained, capsys):
     done = slifmr(capsys, "recommend", "--checkpoint", trained(), "--users=u2", "--k=2", "--explain")
     assert done.status == 0, done.error
-    assert "user u2, views: interaction" in done.out and "shared entities" in done.out
+    assert "user u2, views: interaction" in done.out and "shared" in done.out and "from the" in done.out
 
 
 def test_explanations_need_slifmr_and_weights(trained, capsys):
     explain = ["--users=u2", "--k=1", "--explain", "--format=jsonl"]
     done = slifmr(capsys, "recommend", "--checkpoint", trained("BPR"), *explain)
     assert done.status == 2 and "--explain is for SLIFMR: BPR has no feedback graph" in done.error
-    plain = trained(fusion="concat", self_loop=False, use_kg=False)
+    plain = trained(fusion="concat", self_loop=False, use_kg=False, linear_weight=0.0)
     why = json.loads(slifmr(capsys, "recommend", "--checkpoint", plain, *explain).out)["explanation"]
     assert why == {"user_views": None, "item_views": None, "neighbours": [], "shared_entities": []}
 
@@ -269,20 +276,27 @@ def test_inner_products_of_exported_rows_are_the_scores(trained, build, capsys, 
     assert users.dtype == items.dtype == np.float32
     names = [Path(f"vectors/{name}.txt").read_text().split("\n")[:-1] for name in ("users", "items")]
     expected = reference(build, trained.data, trained(model), model)
-    scores = pd.DataFrame(users @ items.T, *names)
-    pd.testing.assert_frame_equal(scores, expected, rtol=1e-4, atol=1e-5)
-    assert sorted(os.listdir("vectors")) == ["items.npy", "items.txt", "users.npy", "users.txt"]
+    scores, files = users @ items.T, ["items.npy", "items.txt", "users.npy", "users.txt"]
+    if model == "SLIFMR":  # and the linear branch, whose weights are all there with so few items
+        files.append("weights.npz")
+        known = load_trained(trained()).linear_branch.history[1:, 1:]
+        scores = scores + known @ scipy.sparse.load_npz("vectors/weights.npz")
+    pd.testing.assert_frame_equal(pd.DataFrame(scores, *names), expected, rtol=1e-4, atol=1e-4, check_dtype=False)
+    assert sorted(os.listdir("vectors")) == files
 
 
 def test_the_index_finds_what_the_model_ranks_first(trained, capsys):
     faiss = pytest.importorskip("faiss")
-    done = slifmr(capsys, "export", "--checkpoint", trained(), "--out=vectors", "--faiss")
+    refused = slifmr(capsys, "export", "--checkpoint", trained(), "--out=vectors", "--faiss")
+    assert refused.status == 2 and "a linear branch adds to them" in refused.error
+    plain = trained(linear_weight=0.0)
+    done = slifmr(capsys, "export", "--checkpoint", plain, "--out=vectors", "--faiss")
     assert done.status == 0, done.error
     users = np.load("vectors/users.npy")
     found = faiss.read_index("vectors/items.faiss").search(users, 3)[1]
     items = Path("vectors/items.txt").read_text().split()
     arguments = ["--all", "--k=3", "--include-seen"]
-    ranked = [row["item"] for row in rows(slifmr(capsys, "recommend", "--checkpoint", trained(), *arguments).out)]
+    ranked = [row["item"] for row in rows(slifmr(capsys, "recommend", "--checkpoint", plain, *arguments).out)]
     assert [items[i] for i in found.flatten()] == ranked
 
 

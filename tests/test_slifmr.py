@@ -51,7 +51,7 @@ def test_what_does_not_learn_stays_below_the_floor(board, build):
 
 
 SWITCHES = [
-    {"linear_weight": 2.5},
+    {"linear_weight": 4.0},
     {"kg_view": "graph"},
     {"kg_view": "both"},
     {"kg_view": "none"},
@@ -293,6 +293,20 @@ def test_a_score_is_the_inner_product_and_the_linear_part_of_all_interactions(ti
     without = build(tiny, linear_weight=0.0)
     assert without.model.linear is None
     assert not torch.allclose(all_scores(without)[:, 1:], scores[1:, 1:])
+
+
+def test_the_linear_branch_counts_less_with_more_interactions_per_user(tiny, build):
+    whole = build(tiny, linear_weight=3.0, dense_at=0.0)
+    users = whole.train._dataset.inter_feat["user_id"]
+    per_user = len(users) / len(users.unique())
+    mean = {}
+    for dense_at in (0.0, 2 * per_user, 4 * per_user):
+        model = build(tiny, linear_weight=3.0, dense_at=dense_at).model
+        user, item = model.training_interactions(whole.train._dataset)
+        mean[dense_at] = model.linear.leave_one_out(user, item[:, None], torch.tensor(True)).mean().item()
+    assert list(mean.values()) == pytest.approx([3.0, 1.5, 2.25], rel=1e-4)
+    for dense_at in (per_user, per_user / 2):
+        assert build(tiny, linear_weight=3.0, dense_at=dense_at).model.linear is None
 
 
 def test_tags_of_the_knowledge_graph_are_a_view_of_their_own(tiny, build):

@@ -124,13 +124,22 @@ def recommend(
 def _print_explained(frame: pd.DataFrame) -> None:
     """Print a table per user."""
     console = Console()
-    if len(frame) and "items" in frame["explanation"].iloc[0]:
+    if len(frame) and "content" in frame["explanation"].iloc[0]:
         _print_linear(console, frame)
         return
     for user, rows in frame.groupby("user", sort=False):
         views = rows["explanation"].iloc[0]["user_views"]
         title = f"user {user}" + (f", views: {_weights(views)}" if views else "")
-        shown = Table("rank", "item", "score", "views", "near items of the user", "shared entities", title=Text(title))
+        columns = (
+            "rank",
+            "item",
+            "score",
+            "from the user's",
+            "views",
+            "near items",
+            "shared entities",
+        )
+        shown = Table(*columns, title=Text(title))
         for row in rows.itertuples():
             cells = (str(row.rank), row.item, f"{row.score:.4f}", *_reasons(row.explanation))
             shown.add_row(*map(Text, cells))  # as text: a token may hold brackets
@@ -143,8 +152,7 @@ def _print_linear(console: Console, frame: pd.DataFrame) -> None:
         for row in rows.itertuples():
             why = row.explanation
             parts = (f"{why[name]:.4f}" for name in ("interactions", "content"))
-            items = ", ".join(f"{near['item']} ({near['score']:.2f})" for near in why["items"])
-            shown.add_row(*map(Text, (str(row.rank), row.item, f"{row.score:.4f}", *parts, items)))
+            shown.add_row(*map(Text, (str(row.rank), row.item, f"{row.score:.4f}", *parts, _shares(why["items"]))))
         console.print(shown)
 
 
@@ -152,8 +160,14 @@ def _weights(views: dict[str, float]) -> str:
     return ", ".join(f"{name} {weight:.2f}" for name, weight in views.items())
 
 
-def _reasons(explanation: dict[str, Any]) -> tuple[str, str, str]:
+def _shares(items: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{near['item']} ({near['score']:.2f})" for near in items)
+
+
+def _reasons(explanation: dict[str, Any]) -> tuple[str, str, str, str]:
+    linear = f"{explanation['linear']:.2f}: {_shares(explanation['items'])}" if "linear" in explanation else ""
     return (
+        linear,
         _weights(explanation["item_views"] or {}),
         ", ".join(f"{near['item']} ({near['cosine']:.2f})" for near in explanation["neighbours"]),
         "\n".join(

@@ -71,6 +71,7 @@ class FusedSettings(FeatureSettings, GraphSettings):
     linear_feature_weight: Weight
     linear_kg_weight: Weight
     linear_max_items: Count
+    dense_at: Weight
 
 
 class FusedRecommender(GraphRecommender):
@@ -132,7 +133,8 @@ class FusedRecommender(GraphRecommender):
         self.view_names = ["interaction", *self.feature_encoders, *(["kg"] if self.kg_encoder is not None else [])]
         self.user_fusion = Fusion(settings.fusion, len(self.view_names), size)
         self.item_fusion = Fusion(settings.fusion, len(self.view_names), size)
-        self.linear = self._linear_branch(dataset) if settings.linear_weight else None
+        weight = linear_weight(settings, dataset)
+        self.linear = self._linear_branch(dataset, weight) if weight else None
         self.reset_parameters()
 
     def _content(self, dataset: Any) -> dict[str, ItemFeatures]:
@@ -143,7 +145,7 @@ class FusedRecommender(GraphRecommender):
             features[KG_TAGS] = ItemFeatures(values, values.any(dim=1))
         return features
 
-    def _linear_branch(self, dataset: Any) -> LinearBranch:
+    def _linear_branch(self, dataset: Any, weight: float) -> LinearBranch:
         settings, (users, items) = self.settings, self.training_interactions(dataset).cpu().numpy()
         interactions = interaction_factor(users, items, self.n_users, self.n_items)
         content = content_sources(dataset, {}, settings.linear_feature_weight, settings.linear_kg_weight)
@@ -151,7 +153,7 @@ class FusedRecommender(GraphRecommender):
             interactions.T.tocsr(),
             [Source(interactions), *content.values()],
             settings.linear_reg_weight,
-            settings.linear_weight,
+            weight,
             linear_solver(settings, self.n_items, self.device),
             self.device,
         )
@@ -178,7 +180,7 @@ class FusedRecommender(GraphRecommender):
         parts["parameters and Adam"] += 16 * size * n_others
         parts["features"] = 4 * n_numbers * (2 * n_items + dataset.user_num)
         parts["item graphs"] = 16 * n_views * settings.knn_k * n_items
-        if settings.linear_weight:
+        if linear_weight(settings, dataset):
             parts["linear branch"] = linear_solver(settings, n_items, "cpu").estimate_memory(n_items, 1)
         parts["knowledge graph"] = 2 * len(triples) * (16 * n_layers + 52)
         parts["training step"] += 4 * size * (n_layers + 4) * (n_items + n_others) * (len(triples) > 0)
@@ -242,6 +244,15 @@ class FusedRecommender(GraphRecommender):
         """Return the scores of all items for each user, ``[B * n_items]``."""
         scores = super().full_sort_predict(interaction)
         return scores if self.linear is None else scores.add_(self.linear.scores(interaction[self.USER_ID]).flatten())
+
+
+def linear_weight(settings: FusedSettings, dataset: Any) -> float:
+    """Return the weight of the linear branch: less with more interactions per user, 0 from ``dense_at`` on."""
+    if not settings.dense_at:
+        return settings.linear_weight
+    users = dataset.inter_feat[dataset.uid_field]
+    per_user = len(users) / len(users.unique())
+    return settings.linear_weight * max(1 - per_user / settings.dense_at, 0.0)
 
 
 def linear_solver(settings: FusedSettings, n_items: int, device: torch.device | str) -> Solver[Any]:
