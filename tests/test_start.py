@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-from conftest import write_tiny
+from conftest import QUIET, write_tiny
 from finished import SETTINGS, plan_of
+from recbole.model.general_recommender import BPR, EASE
 from rich.console import Console
 
 from recbole_slifmr.cli.live import LiveTable
@@ -19,6 +20,7 @@ from recbole_slifmr.study.benchmark import Variant, make_tasks, run_plan
 from recbole_slifmr.study.store import DataStore
 from recbole_slifmr.study.task import read_result, run_task
 from recbole_slifmr.training import experiment
+from recbole_slifmr.training.experiment import check_model, load_data
 from recbole_slifmr.training.shared import data_key, pack_splits
 
 
@@ -193,3 +195,15 @@ def test_runs_without_a_check_read_their_own_data(folder):
     assert DataStore().of(task) is None
     assert runs.run_all([replace(task)]) == {"BPR-2020": "done"}
     assert json.loads((task.folder / "result.json").read_text())["test"]
+
+
+def test_a_model_that_is_trained_by_being_built_is_not_built_for_a_check(folder, monkeypatch):
+    def build(*args):
+        raise AssertionError("built")
+
+    monkeypatch.setattr(EASE, "__init__", build)
+    config = make_config("EASE", "tiny", settings={**QUIET, "data_path": str(folder)})
+    check_model(config, load_data(config)[0]._dataset)
+    monkeypatch.setattr(BPR, "__init__", build)
+    with pytest.raises(AssertionError, match="built"):
+        check_model(make_config("BPR", "tiny", settings={**QUIET, "data_path": str(folder)}), None)

@@ -278,7 +278,7 @@ def check_model(config: Config, dataset: Any) -> None:
     """Refuse settings and data that the model or its trainer cannot do with.
 
     A model with a ``check``, as those of this package have, says so without being built. Any other is built, without an
-    optimiser.
+    optimiser, unless building it is all of its training, as with RecBole's EASE.
 
     Args:
         config: RecBole's configuration.
@@ -295,7 +295,7 @@ def check_model(config: Config, dataset: Any) -> None:
         if hasattr(kind, "check"):
             kind.check(config, dataset)
             make_callbacks(config, kind)
-        else:
+        elif kind.type != ModelType.TRADITIONAL:
             init_seed(config["seed"], config["reproducibility"])
             network = kind(config, dataset).to(config["device"])
             _without_optimizer(with_ranking(get_trainer(config["MODEL_TYPE"], config["model"])))(config, network)
