@@ -40,9 +40,11 @@ def test_the_hardest_negative_is_the_highest_scored_that_is_not_known():
     negatives = torch.tensor([[1.0, 5.0], [2.0, 1.0], [3.0, 0.0], [4.0, 2.0]])
     candidates = torch.tensor([[0, 1, 2], [3, 2, 1]])  # scores: 1 2 3; 4 0 2
     known = torch.zeros(2, 3, dtype=torch.bool)
-    assert hardest_negatives(users, negatives, candidates, known).tolist() == [2, 3]
+    assert hardest_negatives(users, negatives, candidates, known).tolist() == [[2], [0]]
     known[0, 2] = known[1, 0] = True
-    assert hardest_negatives(users, negatives, candidates, known).tolist() == [1, 1]
+    assert hardest_negatives(users, negatives, candidates, known).tolist() == [[1], [2]]
+    added = torch.tensor([[1.5, 0.0, 9.0], [9.0, 2.5, 0.0]])  # scores: 2.5 2 -; - 2.5 2
+    assert hardest_negatives(users, negatives, candidates, known, added).tolist() == [[0], [1]]
 
 
 def test_info_nce_by_hand():

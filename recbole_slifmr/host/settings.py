@@ -72,7 +72,8 @@ def make_config(
     try:
         get_model(model)
     except (ValueError, AttributeError, ImportError) as error:
-        near = difflib.get_close_matches(model, model_names(), n=1)
+        names = {name.lower(): name for name in model_names()}
+        near = [names[name] for name in difflib.get_close_matches(model.lower(), names, n=1)]
         hint = f"; did you mean '{near[0]}'?" if near else f" ({error})"
         raise SettingError(f"unknown model '{model}': neither RecBole nor this package has it{hint}") from None
     argv, sys.argv = sys.argv, sys.argv[:1]
