@@ -106,10 +106,10 @@ def run(
     split_seed: int | None = None,
     test_mask: str = "train_valid",
     detailed: bool = False,
-    on_valid: Callable[[int, float, float, bool], None] | None = None,
-    splits: Splits | None = None,
     quiet: bool = False,
     on_start: Callable[[Prepared], None] | None = None,
+    on_valid: Callable[[int, float, float, bool], None] | None = None,
+    splits: Splits | None = None,
 ) -> Result:
     """Train a model, choose the epoch on the validation split, score that epoch once on the test split.
 
@@ -123,10 +123,10 @@ def run(
         test_mask: what is never recommended at test time: training and validation items (``train_valid``, as RecBole
             does) or training items only (``train``, as MMRec does).
         detailed: whether to keep the metrics of each user and those by popularity and activity.
-        on_valid: called after each validation with epoch, seconds, score and whether it is the best so far.
-        splits: of just these settings of the data; read here if None.
         quiet: whether to print no more of the log than warnings and errors, and no bars; the log file has all of it.
         on_start: called with everything of the run before its first epoch.
+        on_valid: called after each validation with epoch, seconds, score and whether it is the best so far.
+        splits: of just these settings of the data; read here if None.
 
     Returns:
         the result.
