@@ -48,7 +48,9 @@ def _read_tokens(file: Path) -> list[str]:
                  help="Leave out the user's items in the training, validation and test split.  [exclude]"),
     click.option("--candidates", type=click.Path(path_type=Path), help="File of the items that may be recommended."),
     click.option("--explain", is_flag=True,
-                 help="Say why (SLIFMR, closed forms): a sentence each, or nested with --format=jsonl."),
+                 help="Say why (SLIFMR, closed forms): a sentence each, or nested with --format=jsonl. 'because of' names "
+                 "the items that add most to the linear part of the score, and 'content adds' a part of it: both exact; "
+                 "'shares' and 'near' name what the model had at hand."),
     click.option("--show", default=None,
                  help="Columns of the .item file beside an item's id, e.g. title,year.  [for people: its title]"),
     click.option("--format", "kind", type=click.Choice(["csv", "jsonl", "parquet"]),
@@ -74,18 +76,14 @@ def recommend(
     """Recommend items: slifmr recommend --checkpoint=saved/SLIFMR-....pth --users=196,186 --k=10.
 
     Users and items are named as in the data set's files. Files of tokens hold one a line.
-
-    Of the sentences of --explain, "because of" is exact: the items of the user that add most to the score's linear
-    part, as is what content adds to a closed form's score. "shares" (knowledge graph) and "near" (SLIFMR's correlation
-    graph) name what the model had, not parts of the score.
     """
     if sum([users is not None, users_file is not None, everybody, item is not None]) != 1:
         raise SettingError("name users with --users, --users-file or --all, or an item with --similar-items")
     if explain and (everybody or item is not None):
         raise SettingError("--explain is for users named by --users or --users-file")
-    as_text = explain and kind is None and out is None
-    for_people = as_text or (kind is None and out is None and sys.stdout.isatty())
+    as_table = explain and kind is None and out is None
     suffix = out.suffix[1:] if out is not None else ""
+    for_people = as_table or (kind is None and out is None and sys.stdout.isatty())
     kind = kind or (suffix if suffix in ("csv", "jsonl", "parquet") else "jsonl" if explain else "csv")
     if explain and kind != "jsonl":
         raise SettingError(f"explanations are nested, and {kind} is flat: leave out --format or set it to jsonl")
@@ -126,7 +124,7 @@ def recommend(
                 frame["explanation"] = [reason for row in explainer.explain(ranking) for reason in row]
             yield columns.beside(frame, "item")
 
-    if as_text:
+    if as_table:
         for frame in tables():
             _print_explained(frame, columns)
     else:
