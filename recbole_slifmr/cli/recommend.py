@@ -48,9 +48,9 @@ def _read_tokens(file: Path) -> list[str]:
                  help="Leave out the user's items in the training, validation and test split.  [exclude]"),
     click.option("--candidates", type=click.Path(path_type=Path), help="File of the items that may be recommended."),
     click.option("--explain", is_flag=True,
-                 help="Say why (SLIFMR, closed forms): a sentence each, or nested with --format=jsonl. 'because of' names "
-                 "the items that add most to the linear part of the score, and 'content adds' a part of it: both exact; "
-                 "'shares' and 'near' name what the model had at hand."),
+                 help="Say why (SLIFMR, closed forms): a sentence each, or nested with --format=jsonl. 'because of' "
+                 "names the items that add most to the linear part of the score, and 'content adds' a part of it: both "
+                 "exact; 'shares' and 'near' name what the model had at hand."),
     click.option("--show", default=None,
                  help="Columns of the .item file beside an item's id, e.g. title,year.  [for people: its title]"),
     click.option("--format", "kind", type=click.Choice(["csv", "jsonl", "parquet"]),
