@@ -384,6 +384,7 @@ def ignore_deprecations() -> None:
     if not sys.warnoptions:
         for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", ".* is deprecated", UserWarning)  # torch's
 
 
 _handlers: list[logging.Handler] = []  # of the run that logs
