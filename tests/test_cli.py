@@ -1,5 +1,7 @@
 """Every command as a person runs it."""
 
+import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,31 +77,82 @@ def test_odd_arguments_are_named(arguments, message):
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_script_runs_a_model_and_says_where_the_checkpoint_lies(work):
-    done = command(
-        "--model=SLIFMR", "--dataset=tiny", "--epochs=2", "--topk=[5,10]", "--valid_metric=Recall@10", cwd=work
-    )
+TWO_EPOCHS = ("--model=SLIFMR", "--dataset=tiny", "--epochs=2", "--topk=[5,10]", "--valid_metric=Recall@10")
+IN_THE_LOG = ("refresh_k = ", "modality text", "Trainable parameters", "epoch 1 refresh:", "epoch 1 training", "Saving")
+
+
+def file_of(label, shown):
+    """Return the file that a run names in a line such as ``log: FILE``."""
+    return next(line for line in shown.splitlines() if line.startswith(f"{label}: ")).partition(": ")[2]
+
+
+def test_the_script_says_in_a_few_lines_what_was_trained_how_well_and_where_it_lies(work):
+    done = command(*TWO_EPOCHS, cwd=work)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 12 and max(map(len, lines)) <= 100
+    assert lines[0] == "SLIFMR on tiny: 20 users, 15 items"
+    assert lines[1] == "100 training, 20 validation, 20 test interactions"
+    assert lines[2] == "knowledge graph: 16 triples, 14 of 15 items linked; image: 14 of 15 items; text: 14 of 15 items"
+    saved = torch.load(work / file_of("checkpoint", done.stdout), weights_only=False)
+    assert saved["epoch"] in (0, 1)
+    assert lines[3].startswith("SLIFMR on tiny: 2 epochs in ")
+    assert lines[3].endswith(f"; best: epoch {saved['epoch']}, counted from 0")
+    row = next(line for line in lines if line.startswith("Recall@5 / @10 "))
+    valid = [saved["best_valid_result"][name] for name in ("recall@5", "recall@10")]
+    assert " / ".join(f"{score:.4f}" for score in valid) in row and row.count(" / ") == 3
+    log = (work / file_of("log", done.stdout)).read_text()
+    assert all(text in log for text in IN_THE_LOG), "the file has everything"
+
+
+def test_verbose_prints_the_log(work):
+    done = command(*TWO_EPOCHS, "--verbose", cwd=work)
     assert done.returncode == 0, done.stderr
-    for text in ("SLIFMR on tiny", "validation", "test", "Recall@5", "NDCG@10", "2 epochs"):
+    for text in ("SLIFMR on tiny", "validation", "test", "Recall@5 / @10", "2 epochs"):
         assert text in done.stdout
-    log = done.stdout + done.stderr
-    assert "epoch 1 refresh:" in log and "modality text" in log and "Train     0" in log
-    checkpoint = Path(next(line for line in done.stdout.splitlines() if line.startswith("checkpoint: "))[12:])
-    assert (work / checkpoint).is_file()
-    assert torch.load(work / checkpoint, weights_only=False)["epoch"] in (0, 1)
+    assert all(text in done.stderr for text in IN_THE_LOG) and "Train     0" in done.stderr
+    log = (work / file_of("log", done.stdout)).read_text()
+    assert all(text in log for text in IN_THE_LOG)
+
+
+@pytest.mark.parametrize("more, shown", [((), True), (("--show_progress=False",), False)])
+def test_on_a_terminal_one_bar_shows_the_epochs(work, more, shown):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    program = [sys.executable, str(ROOT / "run_recbole_slifmr.py"), *TWO_EPOCHS, *more]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen(program, cwd=work, stdout=subprocess.PIPE, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # Linux's end of a terminal
+            while part := os.read(ours, 65536):
+                said += part
+        assert process.stdout.read().count(b"Recall@5") == 1
+    os.close(ours)
+    assert process.returncode == 0
+    assert ("epoch 2 of 2" in said.decode()) == ("best Recall@10 " in said.decode()) == shown
+    assert "Train     0" not in said.decode() and "INFO" not in said.decode()
+
+
+def test_warnings_about_data_are_printed(work):
+    arguments = ["--model=BPR", "--dataset=tiny", "--eval_args={split: {RS: [0.8, 0, 0.2]}}", *FAST]
+    done = command(*arguments, cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "no interactions of 'tiny' are left for validation" in done.stderr
+    assert "INFO" not in done.stderr
 
 
 @pytest.mark.parametrize("model", ["LightGCN", "KGAT"])
 def test_run_recbole_runs_recbole_s_models(work, model):
     done = command(f"--model={model}", "--dataset=tiny", *FAST, cwd=work, module="run_recbole")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stderr == "", "KGAT's calls of deprecated functions are not shown"
     assert f"{model} on tiny" in done.stdout
 
 
 def test_train_reads_config_files_and_resumes(work):
     (work / "mine.yaml").write_text("model: SLIFMR\ndataset: tiny\nrefresh_k: 3\nepochs: 1\nshow_progress: False\n")
     (work / "more.yaml").write_text("topk: [5]\nvalid_metric: Recall@5\n")
-    done = command("train", "--config_files", "mine.yaml more.yaml", cwd=work)
+    done = command("train", "--verbose", "--config_files", "mine.yaml more.yaml", cwd=work)
     assert done.returncode == 0, done.stderr
     assert "refresh_k = 3" in done.stderr + done.stdout
     checkpoint = next(line for line in done.stdout.splitlines() if line.startswith("checkpoint: "))[12:]
@@ -108,6 +161,7 @@ def test_train_reads_config_files_and_resumes(work):
         "--config-files",
         "mine.yaml more.yaml",
         "--epochs=2",
+        "--verbose",
         f"--resume={checkpoint}",
         cwd=work,
         module="slifmr",
@@ -290,7 +344,7 @@ def test_an_installed_wheel_runs_from_an_empty_folder(tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(pip, check=True, capture_output=True)
     code = f"import sys; sys.path.insert(0, {str(site)!r}); from recbole_slifmr.cli import main; main()"
-    arguments = ["train", "--dataset=toy", "--epochs=1", "--show_progress=False"]
+    arguments = ["train", "--dataset=toy", "--epochs=1", "--show_progress=False", "--verbose"]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=empty, capture_output=True, text=True, timeout=300
     )

@@ -622,7 +622,7 @@ def test_what_was_converted_trains_with_the_line_it_prints(tmp_path):
     for path in (summary.folder / "items.txt", *summary.folder.glob("*.npy")):
         path.rename(book.folder / path.name)  # MMRec's features beside KGAT's graph
     code = "import shlex, sys; from recbole_slifmr.cli import main; main(shlex.split(sys.argv[1])[1:] + sys.argv[2:])"
-    fast = ["--epochs=1", "--show_progress=False", "--topk=[5]", "--valid_metric=Recall@5"]
+    fast = ["--epochs=1", "--show_progress=False", "--topk=[5]", "--valid_metric=Recall@5", "--verbose"]
     done = subprocess.run(
         [sys.executable, "-c", code, book.command, *fast], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )

@@ -201,7 +201,7 @@ def test_ctrl_c_leaves_no_process(data):
     endless = [*where, *ARGUMENTS, "--epochs=1000000", "--stopping_step=1000000"]
     listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores it
     with subprocess.Popen(
-        [*train, *endless], stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listening
+        [*train, *endless, "--verbose"], stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listening
     ) as process:
         lines = iter(process.stderr.readline, "")
         assert any("epoch 1 training" in line for line in lines)

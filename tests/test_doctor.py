@@ -38,6 +38,21 @@ def test_what_is_broken_is_named_with_its_fix_and_status_1(capsys, monkeypatch):
     assert run("--json") == 1
 
 
+def test_it_fits_a_screen_and_verbose_has_a_line_for_each_check(capsys):
+    assert run() == 0
+    screen = capsys.readouterr().out
+    assert len(screen.splitlines()) <= 24 and "nothing is broken" in screen
+    checks = examine()
+    for group in ("packages", "repairs of RecBole", "folders", "files of the package"):
+        states = [check.state for check in checks if check.group == group]
+        assert f"{group}: {states.count(OK)} of {len(states)} ok" in screen
+    for check in checks:
+        assert check.state == OK or check.name in screen, "what is absent is shown"
+    assert run("--verbose") == 0
+    shown = capsys.readouterr().out
+    assert [check.name for check in checks if check.name not in shown] == []
+
+
 @pytest.mark.parametrize(
     "wanted, state, found, fix",
     [

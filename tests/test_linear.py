@@ -1,6 +1,7 @@
 """Closed forms: factors by hand, weights against plain formulas and a solver, and what the models do with them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -403,8 +404,15 @@ def test_an_explanation_adds_up_to_the_score(tiny, build, model_name, capsys, ma
             assert sum(near["score"] for near in items) == pytest.approx(row["score"], abs=1e-3)
         assert [near["score"] for near in items] == sorted((near["score"] for near in items), reverse=True)
         assert items[0]["alike"].keys() == {"interaction", "image", "text", "kg"}
-    table = slifmr(capsys, *command)
-    assert "from the user's" in table and found[0]["explanation"]["items"][0]["item"] in table
+    said = slifmr(capsys, *command).splitlines()
+    assert said[0] == "user u2" and len(said) == 2 * (1 + 3 * 2)
+    reasons = [line.strip() for line in said if line.startswith("    ")]
+    for row, reason in zip(found, reasons, strict=True):
+        first = [near["item"] for near in row["explanation"]["items"] if near["score"] > 0][:2]
+        content, total = (float(number) for number in re.findall(r"content adds (\S+) of (\S+)", reason)[0])
+        assert content == pytest.approx(row["explanation"]["content"], abs=0.006)
+        assert total == pytest.approx(row["score"], abs=0.006)
+        assert reason.partition("; content")[0] == f"because of {' and '.join(first)}"
 
 
 def test_exported_weights_are_the_largest_of_each_column(tiny, model_name, capsys, tmp_path):

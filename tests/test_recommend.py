@@ -6,7 +6,9 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +19,11 @@ import pytest
 import scipy.sparse
 import torch
 from conftest import QUIET, all_scores, write_tiny
+from rich.cells import cell_len
 
 from recbole_slifmr.cli import main
 from recbole_slifmr.serve import recommend
+from recbole_slifmr.serve.sentence import NO_LINK, sentence
 from recbole_slifmr.serve.trained import load_trained
 from recbole_slifmr.training.checkpoint import read_checkpoint
 from recbole_slifmr.training.experiment import run
@@ -248,12 +252,6 @@ def test_explanations_are_what_the_files_and_the_graph_say(trained, capsys, buil
             assert set(shared[0]["items"]) == common
         n_near, n_shared = n_near + len(near), n_shared + len(shared)
     assert n_near and n_shared, "there was something to compare"
-
-
-def test_explanations_are_a_table_for_people(trained, capsys):
-    done = slifmr(capsys, "recommend", "--checkpoint", trained(), "--users=u2", "--k=2", "--explain")
-    assert done.status == 0, done.error
-    assert "user u2, views: interaction" in done.out and "shared" in done.out and "from the" in done.out
 
 
 def test_explanations_need_slifmr_and_weights(trained, capsys):
@@ -515,3 +513,180 @@ def test_other_data_of_equal_sizes_are_named(trained, capsys, moved, what):
     fast = ["--model=SLIFMR", "--epochs=3", "--topk=[5,10]", "--valid_metric=Recall@10", "--state=ERROR"]
     done = slifmr(capsys, "train", f"--resume={trained()}", *there, *fast, "--show_progress=False")
     assert done.status == 2 and what in done.error
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def titled(moved):
+    """Titles and years of the items, but for i3, which has no row, and i4, which has no title; as arguments."""
+    lines = [f"i{i}\t{'' if i == 4 else f'Film, {i}'}\t{1990 + i}" for i in range(15) if i != 3]
+    (moved / "copy.item").write_text("item_id:token\ttitle:token_seq\tyear:float\n" + "\n".join(lines) + "\n")
+    return [f"--data_path={moved.parent}", "--dataset=copy"]
+
+
+def title_of(token):
+    return "" if token in ("i3", "i4") else f"Film, {token[1:]}"
+
+
+def year_of(token):
+    return "" if token == "i3" else str(1990 + int(token[1:]))
+
+
+@pytest.mark.parametrize("kind", recommend.FORMATS)
+def test_columns_of_the_items_stand_beside_their_ids_in_every_format(trained, capsys, titled, tmp_path, kind):
+    file = tmp_path / f"out.{kind}"
+    arguments = ["recommend", "--checkpoint", trained(), *titled, "--all", "--k=15", "--include-seen", "--out", file]
+    assert slifmr(capsys, *arguments, "--show=title,year").status == 0
+    read = {
+        "csv": lambda: pd.read_csv(file, dtype=str, keep_default_na=False),
+        "jsonl": lambda: pd.DataFrame(map(json.loads, file.read_text().splitlines())),
+        "parquet": lambda: pd.read_parquet(file),
+    }[kind]
+    table = read()
+    assert list(table) == ["user", "item", "title", "year", "rank", "score"]
+    assert set(table["item"]) == {f"i{i}" for i in range(15)}
+    assert table["title"].tolist() == list(map(title_of, table["item"]))
+    assert table["year"].tolist() == list(map(year_of, table["item"]))
+    assert slifmr(capsys, *arguments).status == 0
+    pd.testing.assert_frame_equal(read(), table.drop(columns=["title", "year"]))  # files stay as they are
+
+
+def test_columns_stand_beside_similar_items_and_explanations_stay_for_machines(trained, capsys, titled):
+    done = slifmr(capsys, "recommend", "--checkpoint", trained(), *titled, "--similar-items=i5", "--k=4", "--show=year")
+    table = rows(done.out)
+    assert list(table[0]) == ["item", "similar_item", "year", "rank", "cosine"] and len(table) == 4
+    assert all(row["year"] == year_of(row["similar_item"]) for row in table)
+    explain = ["recommend", "--checkpoint", trained(), *titled, "--users=u2", "--explain", "--format=jsonl"]
+    plain, shown = (
+        [json.loads(line) for line in slifmr(capsys, *explain, *more).out.splitlines()]
+        for more in ([], ["--show=title"])
+    )
+    assert [row.pop("title") for row in shown] == [title_of(row["item"]) for row in plain]
+    assert shown == plain
+
+
+def test_a_name_that_the_output_has_already_is_told_apart(trained, capsys, titled, moved):
+    (moved / "copy.item").write_text("item_id:token\trank:token\ni1\tgold\n")
+    done = slifmr(capsys, "recommend", "--checkpoint", trained(), *titled, "--users=u2", "--k=3", "--show=rank")
+    assert done.out.splitlines()[0] == "user,item,item_rank,rank,score"
+
+
+def test_a_terminal_shows_titles_without_being_asked(trained, capsys, titled, monkeypatch):
+    arguments = ["recommend", "--checkpoint", trained(), *titled, "--users=u2", "--k=2"]
+    assert slifmr(capsys, *arguments).out.splitlines()[0] == "user,item,rank,score"
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
+    table = rows(slifmr(capsys, *arguments).out)
+    assert [row["title"] for row in table] == [title_of(row["item"]) for row in table]
+    assert "title" not in slifmr(capsys, *arguments, "--show=").out
+    assert "title" not in slifmr(capsys, *arguments, "--format=csv").out
+
+
+@pytest.mark.parametrize(
+    "content, show, message",
+    [
+        ("item_id:token\ttitle:token\ni1\tone\n", "titel", "copy.item has no column 'titel', only item_id, title"),
+        ("item_id:token\ttitle:token\ni1\tone\ni1\ttwo\n", "title", "lines 2 and 3 say different things of item_id"),
+        (None, "title", "copy.item not found: it should hold the column 'title'"),
+    ],
+)
+def test_columns_that_cannot_be_shown_are_named(trained, capsys, moved, content, show, message):
+    if content is not None:
+        (moved / "copy.item").write_text(content)
+    there = [f"--data_path={moved.parent}", "--dataset=copy"]
+    arguments = ["recommend", "--checkpoint", trained(), *there, "--users=u2"]
+    done = slifmr(capsys, *arguments, f"--show={show}")
+    assert done.status == 2 and done.out == "" and message in done.error
+
+
+# -- sentences -------------------------------------------------------------------------------------------------------
+
+
+def facts_of(sentence):
+    """Take a sentence apart: the items after `because of`, (relation, entity, item) of `shares`, items after `near`."""
+    because, shares, near = [], [], []
+    for part in sentence.split("; "):
+        if part.startswith("because of "):
+            because = part.removeprefix("because of ").split(" and ")
+        elif part.startswith("near "):
+            near = part.removeprefix("near ").split(" and ")
+        elif match := re.fullmatch(r"shares (\w+) (\w+) with (.+)", part):
+            shares.append(match.groups())
+        else:
+            assert re.fullmatch(r"content adds -?\d+\.\d\d of -?\d+\.\d\d", part) or part == NO_LINK, part
+    return because, shares, near
+
+
+def test_every_part_of_a_sentence_is_a_fact_of_the_data(trained, capsys, titled, build):
+    arguments = ["recommend", "--checkpoint", trained(), *titled, "--users=u2,u9,u11", "--k=4", "--explain"]
+    done = slifmr(capsys, *arguments)
+    lines = done.out.splitlines()
+    assert done.status == 0 and max(map(len, lines)) <= 80 and len(lines) == 3 * (1 + 4 * 2)
+    ranked = pd.DataFrame(rows(slifmr(capsys, *arguments[:-1]).out))
+    fresh = build(trained.data, "SLIFMR", learning_rate=0.01)
+    fresh.trainer.evaluate(fresh.test, load_best_model=True, model_file=trained())
+    model, data = fresh.model, fresh.train._dataset
+    ids = data.field2token_id["item_id"]
+    tokens = {(title_of(token) or token): token for token in ids}
+    edges = set(map(tuple, model.feedback_index.T.tolist()))
+    read = {path: [line.split("\t") for line in (trained.data / f"tiny.{path}").read_text().splitlines()[1:]]
+            for path in ("kg", "link")}  # fmt: skip
+    entity = dict(read["link"])
+    found = {"because": 0, "shares": 0, "near": 0}
+    for start in range(0, len(lines), 9):
+        user = re.match(r"user (\w+), views: interaction", lines[start])[1]
+        own = set(data.inter_feat["item_id"][data.inter_feat["user_id"] == data.token2id("user_id", user)].tolist())
+        for place in range(4):
+            head, why = lines[start + 1 + 2 * place : start + 3 + 2 * place]
+            row = ranked[(ranked["user"] == user) & (ranked["rank"] == str(place + 1))].iloc[0]
+            shown = " ".join(part for part in (row["item"], title_of(row["item"])) if part)
+            assert head == f" {place + 1}  {shown}  {float(row['score']):.4f}"
+            item = ids[row["item"]]
+            because, shares, near = facts_of(why.strip())
+            adds = {token: float(model.linear.weights[ids[token], item]) for token in ids if ids[token] in own}
+            largest = sorted((token for token in adds if adds[token] > 0), key=adds.get, reverse=True)
+            assert [tokens[name] for name in because] == largest[: len(because)] and (because or not largest)
+            for relation, tail, name in shares:
+                other = tokens[name]
+                assert ids[other] in own
+                for linked in (row["item"], other):
+                    assert [entity[linked], relation, tail] in read["kg"]
+            for name in near:
+                assert (item, ids[tokens[name]]) in edges and ids[tokens[name]] in own
+            for kind, named in (("because", because), ("shares", shares), ("near", near)):
+                found[kind] += bool(named)
+    assert all(found.values()), f"there was something of each kind to compare: {found}"
+
+
+WHY = {
+    "items": [{"item": "a", "score": 0.5}, {"item": "b", "score": 0.2}, {"item": "c", "score": -0.1}],
+    "neighbours": [{"item": "b", "cosine": 0.9}, {"item": "d", "cosine": 0.8}],
+    "shared_entities": [{"entity": "m.1", "relation": "film.director.film", "items": ["e", "a"]}],
+}
+
+
+@pytest.mark.parametrize(
+    "why, said",
+    [
+        (WHY, "because of A and B; shares director film m.1 with E; near D"),
+        ({**WHY, "items": []}, "shares director film m.1 with E; near B and D"),
+        ({**WHY, "items": WHY["items"][2:], "shared_entities": [], "neighbours": []}, NO_LINK),
+        (
+            {"interactions": 0.5, "content": -0.125, "items": WHY["items"][1:]},
+            "because of B; content adds -0.12 of 0.38",
+        ),
+        ({"interactions": 0.5, "content": 0.0, "items": WHY["items"][:1]}, "because of A"),
+    ],
+)
+def test_a_sentence_says_what_the_explanation_does(why, said):
+    assert sentence(why, str.upper) == said
+
+
+@pytest.mark.parametrize("length", [1, 20, 30, 60, 200])
+@pytest.mark.parametrize("letter", ["x", "映"])
+def test_a_sentence_fits_its_line_whatever_the_names(length, letter):
+    name = f"{letter * length}\n\x1b[31m".__add__
+    said = sentence(WHY, name, 76)
+    assert cell_len(said) <= 76 and said.isprintable() and said.startswith(f"because of {letter}")
+    assert cell_len(sentence({**WHY, "items": []}, name, 40)) <= 40

@@ -5,17 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from recbole_slifmr.cli.options import with_options
+from recbole_slifmr.cli.options import split_names, with_options
 from recbole_slifmr.errors import DataError, SettingError
 
+if TYPE_CHECKING:
+    from recbole_slifmr.serve.names import ItemColumns
+
+INDENT = 4  # of the sentences that explain
 TRAINED_OPTIONS = [
     click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="File that a training saved."),
     click.option("--data_path", "--data-path", default=None, help="Folder of the data set's folder, if it moved."),
@@ -46,7 +47,12 @@ def _read_tokens(file: Path) -> list[str]:
     click.option("--exclude_seen/--include_seen", "--exclude-seen/--include-seen", "exclude_seen", default=True,
                  help="Leave out the user's items in the training, validation and test split.  [exclude]"),
     click.option("--candidates", type=click.Path(path_type=Path), help="File of the items that may be recommended."),
-    click.option("--explain", is_flag=True, help="Say why (SLIFMR, closed forms): a table, or nested with jsonl."),
+    click.option("--explain", is_flag=True,
+                 help="Say why (SLIFMR, closed forms): a sentence each, or nested with --format=jsonl. 'because of' "
+                 "names the items that add most to the linear part of the score, and 'content adds' a part of it: both "
+                 "exact; 'shares' and 'near' name what the model had at hand."),
+    click.option("--show", default=None,
+                 help="Columns of the .item file beside an item's id, e.g. title,year.  [for people: its title]"),
     click.option("--format", "kind", type=click.Choice(["csv", "jsonl", "parquet"]),
                  help="Of the output.  [that of --out's name, else csv]"),
     click.option("--out", type=click.Path(path_type=Path), help="File to write; printed without."),
@@ -63,6 +69,7 @@ def recommend(
     exclude_seen: bool,
     candidates: Path | None,
     explain: bool,
+    show: str | None,
     kind: str | None,
     out: Path | None,
 ) -> None:
@@ -76,17 +83,22 @@ def recommend(
         raise SettingError("--explain is for users named by --users or --users-file")
     as_table = explain and kind is None and out is None
     suffix = out.suffix[1:] if out is not None else ""
+    for_people = as_table or (kind is None and out is None and sys.stdout.isatty())
     kind = kind or (suffix if suffix in ("csv", "jsonl", "parquet") else "jsonl" if explain else "csv")
     if explain and kind != "jsonl":
         raise SettingError(f"explanations are nested, and {kind} is flat: leave out --format or set it to jsonl")
 
+    from recbole_slifmr.serve.names import find_title, read_item_columns
     from recbole_slifmr.serve.recommend import recommend as rank
     from recbole_slifmr.serve.recommend import similar_items, table, write_tables
     from recbole_slifmr.serve.trained import load_trained
 
     trained = load_trained(checkpoint, data_path, dataset)
+    shown = find_title(trained.config) if show is None and for_people else split_names(show or "")
+    columns = read_item_columns(trained.config, shown)
     if item is not None:
-        write_tables([similar_items(trained, int(trained.item_ids([item])[0]), k)], kind, out, sys.stdout)
+        nearest = similar_items(trained, int(trained.item_ids([item])[0]), k)
+        write_tables([columns.beside(nearest, "similar_item")], kind, out, sys.stdout)
         return
     if everybody:
         import numpy as np
@@ -110,68 +122,30 @@ def recommend(
             frame = table(ranking, trained.user_tokens, trained.item_tokens)
             if explain:
                 frame["explanation"] = [reason for row in explainer.explain(ranking) for reason in row]
-            yield frame
+            yield columns.beside(frame, "item")
 
     if as_table:
         for frame in tables():
-            _print_explained(frame)
+            _print_explained(frame, columns)
     else:
         n_rows = write_tables(tables(), kind, out, sys.stdout)
         if out is not None:
             click.echo(f"{n_rows} recommendations for {len(ids)} users: {out}")
 
 
-def _print_explained(frame: pd.DataFrame) -> None:
-    """Print a table per user."""
-    console = Console()
-    if len(frame) and "content" in frame["explanation"].iloc[0]:
-        _print_linear(console, frame)
-        return
-    for user, rows in frame.groupby("user", sort=False):
-        views = rows["explanation"].iloc[0]["user_views"]
-        title = f"user {user}" + (f", views: {_weights(views)}" if views else "")
-        columns = (
-            "rank",
-            "item",
-            "score",
-            "from the user's",
-            "views",
-            "near items",
-            "shared entities",
-        )
-        shown = Table(*columns, title=Text(title))
-        for row in rows.itertuples():
-            cells = (str(row.rank), row.item, f"{row.score:.4f}", *_reasons(row.explanation))
-            shown.add_row(*map(Text, cells))  # as text: a token may hold brackets
-        console.print(shown)
+def _print_explained(frame: pd.DataFrame, columns: ItemColumns) -> None:
+    """Print two lines of at most 80 cells per recommendation: the item with its score, and why."""
+    from recbole_slifmr.serve.sentence import WIDTH, sentence, shorten
 
-
-def _print_linear(console: Console, frame: pd.DataFrame) -> None:
     for user, rows in frame.groupby("user", sort=False):
-        shown = Table("rank", "item", "score", "interactions", "content", "from the user's", title=Text(f"user {user}"))
+        views = rows["explanation"].iloc[0].get("user_views")
+        click.echo(f"user {user}" + (f", views: {_weights(views)}" if views else ""))
         for row in rows.itertuples():
-            why = row.explanation
-            parts = (f"{why[name]:.4f}" for name in ("interactions", "content"))
-            shown.add_row(*map(Text, (str(row.rank), row.item, f"{row.score:.4f}", *parts, _shares(why["items"]))))
-        console.print(shown)
+            rank, score = f"{row.rank:>2}  ", f"  {row.score:.4f}"
+            item = shorten(f"{row.item} {', '.join(columns.of(row.item))}", INDENT + WIDTH - len(rank + score))
+            click.echo(f"{rank}{item}{score}")
+            click.echo(f"{' ' * INDENT}{sentence(row.explanation, columns.name)}")
 
 
 def _weights(views: dict[str, float]) -> str:
     return ", ".join(f"{name} {weight:.2f}" for name, weight in views.items())
-
-
-def _shares(items: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{near['item']} ({near['score']:.2f})" for near in items)
-
-
-def _reasons(explanation: dict[str, Any]) -> tuple[str, str, str, str]:
-    linear = f"{explanation['linear']:.2f}: {_shares(explanation['items'])}" if "linear" in explanation else ""
-    return (
-        linear,
-        _weights(explanation["item_views"] or {}),
-        ", ".join(f"{near['item']} ({near['cosine']:.2f})" for near in explanation["neighbours"]),
-        "\n".join(
-            f"{shared['relation']} {shared['entity']}: {', '.join(shared['items'])}"
-            for shared in explanation["shared_entities"]
-        ),
-    )

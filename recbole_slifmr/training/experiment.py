@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,8 @@ def run(
     split_seed: int | None = None,
     test_mask: str = "train_valid",
     detailed: bool = False,
+    quiet: bool = False,
+    on_start: Callable[[Prepared], None] | None = None,
     on_valid: Callable[[int, float, float, bool], None] | None = None,
     splits: Splits | None = None,
 ) -> Result:
@@ -120,6 +123,8 @@ def run(
         test_mask: what is never recommended at test time: training and validation items (``train_valid``, as RecBole
             does) or training items only (``train``, as MMRec does).
         detailed: whether to keep the metrics of each user and those by popularity and activity.
+        quiet: whether to print no more of the log than warnings and errors, and no bars; the log file has all of it.
+        on_start: called with everything of the run before its first epoch.
         on_valid: called after each validation with epoch, seconds, score and whether it is the best so far.
         splits: of just these settings of the data; read here if None.
 
@@ -133,7 +138,7 @@ def run(
     config = make_config(model, dataset, config_files, settings)
     _check_wandb(config)
     set_threads(config)
-    log_file = start_log(config)
+    log_file = start_log(config, quiet)
     getLogger().info(config)
     if not config["single_spec"]:
         getLogger().info(f"{config['world_size']} processes on {config['device'].type}")
@@ -144,6 +149,9 @@ def run(
     getLogger().info(trainer.model)
     if resume is not None:
         _resume(prepared, Path(resume))
+    if on_start is not None and config["local_rank"] == 0:
+        on_start(prepared)
+    show_progress = config["show_progress"] and not quiet
 
     curve: list[tuple[int, float, float]] = []
     best_epoch = trainer.start_epoch - 1 if resume is not None else None
@@ -159,7 +167,7 @@ def run(
             on_valid(*curve[-1], is_best)
 
     best_score, best_result = trainer.fit(
-        prepared.train_data, prepared.valid_data, show_progress=config["show_progress"], callback_fn=record
+        prepared.train_data, prepared.valid_data, show_progress=show_progress, callback_fn=record
     )
     seconds = perf_counter() - start
     if not curve and trainer.train_loss_dict:  # without validation each epoch replaces the one before
@@ -170,7 +178,7 @@ def run(
     if detailed:
         test_result, per_user = evaluate(trainer, prepared.test_data, prepared.train_data)
     else:
-        test_result = trainer.evaluate(prepared.test_data, show_progress=config["show_progress"])
+        test_result = trainer.evaluate(prepared.test_data, show_progress=show_progress)
     return Result(
         model=model,
         dataset=config["dataset"],
@@ -341,10 +349,17 @@ def _resume(prepared: Prepared, checkpoint: Path) -> None:
         raise SettingError(f"{checkpoint} is no checkpoint of this model, data set and learner: {reason}") from error
 
 
-def start_log(config: Config) -> Path | None:
+def start_log(config: Config, quiet: bool = False) -> Path | None:
     """Start RecBole's log of this run, ending that of an earlier run in the same process.
 
     Of the processes of a distributed run, the first on each machine logs.
+
+    Args:
+        config: RecBole's configuration.
+        quiet: whether only warnings and errors are printed; the file has everything either way.
+
+    Returns:
+        the file; None in a process that does not log.
     """
     root = getLogger()
     if config["local_rank"] != 0:
@@ -357,8 +372,19 @@ def start_log(config: Config) -> Path | None:
     init_logger(config)
     _handlers[:] = root.handlers
     root.handlers[:0] = others
-    files = [handler.baseFilename for handler in _handlers if isinstance(handler, logging.FileHandler)]
-    return Path(files[0]) if files else None
+    files = [handler for handler in _handlers if isinstance(handler, logging.FileHandler)]
+    for handler in _handlers:
+        if quiet and handler not in files:
+            handler.setLevel(max(handler.level, logging.WARNING))
+    return Path(files[0].baseFilename) if files else None
+
+
+def ignore_deprecations() -> None:
+    """Print no warnings of libraries about each other's future, unless Python was asked for warnings (``-W``)."""
+    if not sys.warnoptions:
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", ".* is deprecated", UserWarning)  # torch's
 
 
 _handlers: list[logging.Handler] = []  # of the run that logs
@@ -374,6 +400,8 @@ def run_distributed(
     port: int | None = None,
     world_size: int = -1,
     group_offset: int = 0,
+    quiet: bool = False,
+    on_start: Callable[[Prepared], None] | None = None,
 ) -> Result:
     """Run with data parallelism: ``nproc`` processes on this machine share each batch and average their gradients.
 
@@ -389,6 +417,8 @@ def run_distributed(
         port: port of the first machine, if there are several.
         world_size: processes on all machines; ``nproc`` if -1.
         group_offset: rank of this machine's first process.
+        quiet: see :func:`run`.
+        on_start: see :func:`run`; called in the first process: a function of a module, so that it can be pickled.
 
     Returns:
         the result of the first process, which is that of all.
@@ -410,7 +440,8 @@ def run_distributed(
     _check_distributed(config)
     group = {"nproc": nproc, "world_size": world_size, "offset": group_offset}
     address = f"tcp://{ip}:{port}" if world_size > nproc else None
-    return launch(_run_process, (model, dataset, config_files, settings, group, address), nproc)
+    arguments = (model, dataset, config_files, settings, group, address, quiet, on_start)
+    return launch(_run_process, arguments, nproc)
 
 
 def _check_distributed(config: Config) -> None:
@@ -434,9 +465,13 @@ def _run_process(
     settings: Mapping[str, Any] | None,
     group: Mapping[str, int],
     address: str | None,
+    quiet: bool,
+    on_start: Callable[[Prepared], None] | None,
 ) -> Result:
     """Run as one of the processes of :func:`run_distributed`."""
     warnings.simplefilter("ignore", Warning if rank else UnknownSettingWarning)  # shown by the first, or the parent
+    if quiet:
+        ignore_deprecations()
     if address is None:
         stay_on_this_machine()
     return run(
@@ -444,4 +479,6 @@ def _run_process(
         dataset,
         config_files,
         {**(settings or {}), **group, "local_rank": rank, "init_method": address or rendezvous},
+        quiet=quiet,
+        on_start=on_start,
     )
