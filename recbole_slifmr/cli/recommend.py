@@ -98,12 +98,9 @@ def recommend(
     allowed = None if candidates is None else trained.item_ids(_read_tokens(candidates))
     rankings = rank(trained, ids, k, exclude_seen, allowed)
     if explain:
-        from recbole_slifmr.model.linear import LinearRecommender
-        from recbole_slifmr.serve.explain import Explainer
-        from recbole_slifmr.serve.explain_linear import LinearExplainer
+        from recbole_slifmr.serve.explain import make_explainer
 
-        is_linear = isinstance(trained.model, LinearRecommender)
-        explainer = LinearExplainer(trained) if is_linear else Explainer(trained)
+        explainer = make_explainer(trained)
 
     def tables() -> Iterator[pd.DataFrame]:
         for ranking in rankings:
