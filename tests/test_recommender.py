@@ -254,8 +254,10 @@ BAD = {
         lambda: {"interactions": pairs(item=["x", None])},
         "interactions, column 'item', row 1 (None): there is no value: fill it in or drop the row",
     ),
-    "a tab": (lambda: {"interactions": pairs(item=["x\ty", "z"])}, "column 'item', row 0 ('x\\ty'): has a tab or a line"),
-    "a rating": (lambda: {"interactions": pairs(rating=["1", "good"])}, "column 'rating', row 1 ('good'): must be a number"),
+    "a tab": (lambda: {"interactions": pairs(item=["x\ty", "z"])}, "column 'item', row 0 ('x\\ty'): has a tab or"),
+    "a rating": (
+        lambda: {"interactions": pairs(rating=["1", "good"])}, "column 'rating', row 1 ('good'): must be a number"
+    ),
     "an item twice": (
         bad(items=pd.DataFrame({"movieId": [5, 6, 5]})), "items, column 'movieId', row 2 ('5'): is there twice"
     ),
@@ -316,7 +318,7 @@ def test_questions_that_cannot_be_answered(trained):
 def test_columns_are_found_by_their_usual_names_or_by_name(tmp_path):
     from recbole_slifmr.data.convert.frames import convert_frames
 
-    when = pd.to_datetime(["2020-01-01", "1970-01-01 00:00:01.5"])
+    when = pd.to_datetime(["2020-01-01", "1970-01-01 00:00:01.5"], format="ISO8601")
     usual = pd.DataFrame({"Item ID": [1.0, 2.0], "User": ["a", "b"], "TIME": when, "stars": [1, 2.5]})
     own = usual.set_axis(["sku", "viewer", "at", "liked"], axis=1)
     convert_frames(tmp_path / "1", usual)

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
+import scipy.sparse
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,14 @@ from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import GraphRecommender, feature_size
 from recbole_slifmr.model.linear import content_sources
 from recbole_slifmr.model.settings import Count, FeatureSettings, GraphSettings, Positive, Weight, Whole
-from recbole_slifmr.nn.encoder import RELATION_WEIGHTS, FeatureEncoder, KnowledgeEncoder, filter_by_degree
+from recbole_slifmr.nn.encoder import (
+    RELATION_WEIGHTS,
+    FeatureEncoder,
+    InteractionGraph,
+    KnowledgeEncoder,
+    filter_by_degree,
+)
+from recbole_slifmr.nn.fold_in import fold_in
 from recbole_slifmr.nn.graph import KNN_SEARCHES
 from recbole_slifmr.nn.layers import FUSIONS, Fusion, unit
 from recbole_slifmr.nn.linear import DenseSolver, NeighbourSolver, Solver, Source, interaction_factor, tag_vectors
@@ -244,6 +253,26 @@ class FusedRecommender(GraphRecommender):
         """Return the scores of all items for each user, ``[B * n_items]``."""
         scores = super().full_sort_predict(interaction)
         return scores if self.linear is None else scores.add_(self.linear.scores(interaction[self.USER_ID]).flatten())
+
+    def history_scores(self, history: scipy.sparse.csr_array) -> Tensor:
+        """Return the scores of all items for users who were not in training, ``[n, n_items]``.
+
+        The linear branch and the means over a user's items are exact; the interaction view is folded in, see
+        ``nn/fold_in.py``.
+
+        Args:
+            history: ones where a user has an item, ``[n, n_items]``.
+        """
+        views, n_users = self.encode(), history.shape[0]
+        new = torch.from_numpy(np.stack(history.nonzero()).astype(np.int64)).to(views.items.device)
+        graph = InteractionGraph(new, n_users, self.n_items)
+        known = self.interaction_encoder.edge_index
+        users = [fold_in(views.users[:, 0], views.items[:, 0], known, new, n_users)]
+        users += [graph.user_means(views.items[:, v], views.item_mask[:, v]) for v in range(1, len(self.view_names))]
+        mask = graph.user_mask(views.item_mask)
+        mask[:, 0] = True  # as in training
+        scores = self.fuse(self.user_fusion, torch.stack(users, dim=1), mask) @ self._final_embeddings()[1].T
+        return scores if self.linear is None else scores.add_(self.linear.history_scores(history))
 
 
 def linear_weight(settings: FusedSettings, dataset: Any) -> float:

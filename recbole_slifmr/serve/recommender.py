@@ -27,6 +27,7 @@ from recbole_slifmr.data.history import History
 from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
 from recbole_slifmr.files import replace_folder, write_json
 from recbole_slifmr.serve.explain import make_explainer
+from recbole_slifmr.serve.newcomers import recommend_for
 from recbole_slifmr.serve.recommend import Ranking, rank_items, recommend, similar_items, table
 from recbole_slifmr.serve.trained import Trained, load_trained
 from recbole_slifmr.training.experiment import Result, run
@@ -163,6 +164,26 @@ class Recommender:
         allowed = None if candidates is None else trained.item_ids(_tokens(candidates))
         rankings = recommend(trained, ids, _positive(k), exclude_seen, allowed)
         return self._as_given([table(ranking, trained.user_tokens, trained.item_tokens) for ranking in rankings])
+
+    def recommend_for(self, history: Any, k: int = 10, candidates: Any = None) -> pd.DataFrame:
+        """Return the best items of a user who was not in training: item, rank from 1, score.
+
+        Exact for EASE and the closed forms, otherwise in part an approximation: see ``docs/recommend.md``.
+
+        Args:
+            history: the items that the user has, which are never recommended.
+            k: items, fewer where fewer may be recommended.
+            candidates: the items that may be recommended; all if None.
+
+        Raises:
+            DataError: naming items that are unknown.
+            SettingError: for a model that knows users by their own embeddings only.
+        """
+        trained = self.trained
+        known = [trained.item_ids(_tokens(history))]
+        allowed = None if candidates is None else trained.item_ids(_tokens(candidates))
+        (ranking,) = recommend_for(trained, known, _positive(k), allowed)
+        return self._as_given([table(ranking, np.array([""]), trained.item_tokens).drop(columns="user")])
 
     def similar(self, items: Any, k: int = 10) -> pd.DataFrame:
         """Return the items nearest to each of some items by cosine: item, similar_item, rank from 1, cosine.
