@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from recbole_slifmr import Recommender
 from recbole_slifmr.cli import main
+from recbole_slifmr.data.history import History
 from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.serve.newcomers import recommend_for
 
 N_USERS, N_ITEMS = 30, 20
 SETTINGS = {"epochs": 2, "topk": [5], "train_batch_size": 64}
@@ -332,3 +335,115 @@ def test_importing_the_package_does_not_import_the_recommender():
     code = "import sys, recbole_slifmr; print('recbole_slifmr.serve.recommender' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False", done.stderr
+
+
+# -- users who were not in training ------------------------------------------------------------------------------------
+
+
+def learned_items(own):
+    """Return the training items of each user, by token as given."""
+    dataset, pairs = own.trained.dataset, {}
+    for user, item in zip(*(dataset.inter_feat[name].tolist() for name in ("user_id", "item_id")), strict=True):
+        pairs.setdefault(int(own.trained.user_tokens[user]), []).append(int(own.trained.item_tokens[item]))
+    return pairs
+
+
+def scores_of_known_and_as_new(own, user, items):
+    known = own.recommend(user, k=99, exclude_seen=False).set_index("item")["score"].drop(items)
+    return known, own.recommend_for(items, k=99).set_index("item")["score"].reindex(known.index)
+
+
+@pytest.mark.parametrize("model", ["EASE", "CEASE", "AddEASE", "L3AE"])
+def test_a_closed_form_gives_a_new_user_the_scores_of_a_known_one_with_the_same_items(trained, model):
+    own = trained(model)
+    for user, items in list(learned_items(own).items())[:5]:
+        known, new = scores_of_known_and_as_new(own, user, items)
+        assert len(known) == N_ITEMS - len(items)
+        np.testing.assert_allclose(new, known, rtol=1e-5, atol=1e-6)
+
+
+def test_of_slifmr_all_but_the_interaction_view_is_exact(trained):
+    from recbole_slifmr.nn.fold_in import fold_in
+
+    own = trained()
+    model, views = own.trained.model, own.trained.model.encode()
+    edges = model.interaction_encoder.edge_index
+    folded = fold_in(views.users[:, 0], views.items[:, 0], edges, edges, own.trained.n_users)
+    mixed = torch.cat([folded.unsqueeze(1), views.users[:, 1:]], dim=1)
+    users = model.fuse(model.user_fusion, mixed, views.user_mask)
+    everybody = torch.arange(own.trained.n_users)
+    expected = (users @ model.forward()[1].T + model.linear.scores(everybody)).detach()
+    for user, items in list(learned_items(own).items())[:5]:
+        new = own.recommend_for(items, k=99)
+        row = expected[own.trained.user_ids([str(user)])[0]]
+        np.testing.assert_allclose(
+            new["score"], row[own.trained.item_ids(new["item"].astype(str))], rtol=1e-4, atol=1e-5
+        )
+        assert not set(new["item"]) & set(items)
+
+
+@pytest.mark.parametrize("model", ["SLIFMR", "LightGCN", "XSimGCL", "FREEDOM", "LightKG"])
+def test_known_users_scored_by_their_items_alone_have_nearly_their_own_scores(model):
+    """On the planted set, where there is taste to learn."""
+    own = Recommender(model, epochs=8, learning_rate=0.01, seed=1).fit("toy")
+    trained, rows = own.trained, []
+    by_user = History.of(
+        *(trained.dataset.inter_feat[name].numpy() for name in ("user_id", "item_id")), trained.n_users, trained.n_items
+    )
+    for user in range(1, 60):
+        items = by_user.of_user(user)
+        ranking = next(recommend_for(trained, [items], trained.n_items))
+        kept = np.isfinite(ranking.scores[0])
+        own_scores = trained.scores(np.array([user]))[0, ranking.items[0][kept]]
+        rows.append(np.corrcoef(own_scores, ranking.scores[0][kept])[0, 1])
+    assert np.mean(rows) > 0.9
+
+
+def test_folding_in_by_hand():
+    """Two users, three items; user 0 has items 0 and 1, user 1 has item 1; a new one has items 1 and 2."""
+    from recbole_slifmr.nn.fold_in import fold_in
+
+    items = torch.tensor([[1.0, 0.0], [0.0, 2.0], [4.0, 0.0]])
+    known = torch.tensor([[0, 0, 1], [0, 1, 1]])
+    of_known = torch.tensor([[1 / 2**0.5, 2 / 2], [0.0, 2 / 2**0.5]])
+    new = fold_in(3 * of_known, items, known, torch.tensor([[0, 0], [1, 2]]), 1)
+    torch.testing.assert_close(new, 3 * torch.tensor([[4 / 2**0.5, 2 / 2]]))
+
+
+def test_new_users_by_commands(trained):
+    own = trained("CEASE")
+    Path("new.txt").write_text("5,6, 7\n9\n")
+    Path("some.txt").write_text("10\n11\n5\n")
+    checkpoint = f"--checkpoint={own.result.checkpoint}"
+    command("recommend", checkpoint, "--histories=new.txt", "--k=3", "--out=o.parquet")
+    command("recommend", checkpoint, "--history=9", "--k=3", "--out=one.parquet")
+    command("recommend", checkpoint, "--history=5", "--k=3", "--candidates=some.txt", "--out=few.parquet")
+    both, one, few = (pd.read_parquet(name) for name in ("o.parquet", "one.parquet", "few.parquet"))
+    assert both["user"].tolist() == ["1"] * 3 + ["2"] * 3
+    for number, items in (("1", [5, 6, 7]), ("2", [9])):
+        expected = own.recommend_for(items, k=3)
+        assert both[both["user"] == number]["item"].astype(int).tolist() == expected["item"].tolist()
+        assert not set(expected["item"]) & set(items)
+    assert one["item"].tolist() == both["item"].tolist()[3:]
+    assert set(few["item"]) == {"10", "11"}
+
+
+def test_new_users_who_cannot_be_served(trained, capsys):
+    Path("new.txt").write_text("5,x\n\ny,9\n")
+    Path("gap.txt").write_text("5\n\n9\n")
+    for model, arguments, message in (
+        ("CEASE", ["--histories=new.txt"], "unknown items 'x', 'y'"),
+        ("CEASE", ["--histories=gap.txt"], "a new user is known by items: name at least one of each"),
+        ("CEASE", ["--history="], "name at least one of each"),
+        ("CEASE", ["--history=5", "--all"], "name users with --users"),
+        ("CEASE", ["--history=5", "--explain"], "--explain is for users named"),
+        ("CEASE", ["--history=5", "--include-seen"], "are never recommended: leave out --include-seen"),
+        ("CEASE", ["--histories=nowhere"], "nowhere cannot be read: No such file"),
+        ("BPR", ["--history=5"], "BPR cannot recommend to users who were not in training: EASE, CEASE"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["recommend", f"--checkpoint={trained(model).result.checkpoint}", *arguments])
+        error = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and message in error[-1], arguments
+    with pytest.raises(DataError, match="unknown item 'x'"):
+        trained("CEASE").recommend_for(["x", 5])
