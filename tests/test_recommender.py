@@ -16,7 +16,7 @@ from recbole_slifmr import Recommender
 from recbole_slifmr.cli import main
 from recbole_slifmr.data.history import History
 from recbole_slifmr.errors import DataError, SettingError
-from recbole_slifmr.serve.newcomers import recommend_for
+from recbole_slifmr.serve.newcomers import recommend_for, scorer
 
 N_USERS, N_ITEMS = 30, 20
 SETTINGS = {"epochs": 2, "topk": [5], "train_batch_size": 64}
@@ -363,12 +363,12 @@ def test_a_closed_form_gives_a_new_user_the_scores_of_a_known_one_with_the_same_
 
 
 def test_of_slifmr_all_but_the_interaction_view_is_exact(trained):
-    from recbole_slifmr.nn.fold_in import fold_in
+    from recbole_slifmr.nn.fold_in import fold_in, item_shares
 
     own = trained()
     model, views = own.trained.model, own.trained.model.encode()
     edges = model.interaction_encoder.edge_index
-    folded = fold_in(views.users[:, 0], views.items[:, 0], edges, edges, own.trained.n_users)
+    folded = fold_in(item_shares(views.users[:, 0], views.items[:, 0], edges), edges, own.trained.n_users)
     mixed = torch.cat([folded.unsqueeze(1), views.users[:, 1:]], dim=1)
     users = model.fuse(model.user_fusion, mixed, views.user_mask)
     everybody = torch.arange(own.trained.n_users)
@@ -387,12 +387,13 @@ def test_known_users_scored_by_their_items_alone_have_nearly_their_own_scores(mo
     """On the planted set, where there is taste to learn."""
     own = Recommender(model, epochs=8, learning_rate=0.01, seed=1).fit("toy")
     trained, rows = own.trained, []
+    score = scorer(trained)
     by_user = History.of(
         *(trained.dataset.inter_feat[name].numpy() for name in ("user_id", "item_id")), trained.n_users, trained.n_items
     )
     for user in range(1, 60):
         items = by_user.of_user(user)
-        ranking = next(recommend_for(trained, [items], trained.n_items))
+        ranking = next(recommend_for(score, [items], trained.n_items, trained.n_items))
         kept = np.isfinite(ranking.scores[0])
         own_scores = trained.scores(np.array([user]))[0, ranking.items[0][kept]]
         rows.append(np.corrcoef(own_scores, ranking.scores[0][kept])[0, 1])
@@ -401,12 +402,12 @@ def test_known_users_scored_by_their_items_alone_have_nearly_their_own_scores(mo
 
 def test_folding_in_by_hand():
     """Two users, three items; user 0 has items 0 and 1, user 1 has item 1; a new one has items 1 and 2."""
-    from recbole_slifmr.nn.fold_in import fold_in
+    from recbole_slifmr.nn.fold_in import fold_in, item_shares
 
     items = torch.tensor([[1.0, 0.0], [0.0, 2.0], [4.0, 0.0]])
     known = torch.tensor([[0, 0, 1], [0, 1, 1]])
     of_known = torch.tensor([[1 / 2**0.5, 2 / 2], [0.0, 2 / 2**0.5]])
-    new = fold_in(3 * of_known, items, known, torch.tensor([[0, 0], [1, 2]]), 1)
+    new = fold_in(item_shares(3 * of_known, items, known), torch.tensor([[0, 0], [1, 2]]), 1)
     torch.testing.assert_close(new, 3 * torch.tensor([[4 / 2**0.5, 2 / 2]]))
 
 

@@ -113,12 +113,13 @@ def recommend(
     allowed = None if candidates is None else trained.item_ids(_read_tokens(candidates))
     user_tokens = trained.user_tokens
     if is_new:
-        from recbole_slifmr.serve.newcomers import recommend_for
+        from recbole_slifmr.serve.newcomers import recommend_for, scorer
 
         known = [_split(line) for line in ([history or ""] if histories is None else _read_lines(histories))]
         trained.item_ids([token for tokens in known for token in tokens])  # all that are unknown, in one message
         ids, user_tokens = np.arange(len(known)), np.arange(1, len(known) + 1).astype(str).astype(object)
-        rankings = recommend_for(trained, [trained.item_ids(tokens) for tokens in known], k, allowed)
+        item_ids = [trained.item_ids(tokens) for tokens in known]
+        rankings = recommend_for(scorer(trained), item_ids, k, trained.n_items, allowed)
     else:
         tokens = _read_tokens(users_file) if users_file else [user.strip() for user in (users or "").split(",")]
         ids = np.arange(1, trained.n_users) if everybody else trained.user_ids(tokens)

@@ -21,26 +21,28 @@ from recbole_slifmr.nn.graph import Edges
 from recbole_slifmr.nn.sparse import SparseMatrix
 
 
-def fold_in(users: Tensor, items: Tensor, known: Tensor, new: Tensor, n_new: int) -> Tensor:
-    """Return the representations of new users, as the module says.
+def item_shares(users: Tensor, items: Tensor, known: Tensor) -> Tensor:
+    r"""Return :math:`c \, e_i / \sqrt{d_i}`, ``[n_items, d]``: what each item adds to a new user, for :func:`fold_in`.
 
     Args:
         users: of the training, ``[n_users, d]``.
         items: ``[n_items, d]``.
         known: user and item of each training interaction, ``[2, E]``, unique.
-        new: new user and item of each of their interactions, ``[2, N]``, unique.
-        n_new: number of new users.
-
-    Returns:
-        ``[n_new, d]``.
     """
     degree = torch.bincount(known[1], minlength=len(items)).clamp(min=1).to(items.dtype)
+    shares = items * degree.rsqrt().unsqueeze(1)
+    sums = fold_in(shares, known, len(users))
+    return shares * (users * sums).sum() / sums.square().sum().clamp(min=torch.finfo(items.dtype).tiny)
 
-    def sums(edges: Tensor, n: int) -> Tensor:
-        counts = torch.bincount(edges[0], minlength=n).to(items.dtype)
-        weight = (counts[edges[0]] * degree[edges[1]]).rsqrt()
-        return SparseMatrix(Edges(edges, weight), (n, len(items))).multiply(items)
 
-    of_known = sums(known, len(users))
-    scale = (users * of_known).sum() / of_known.square().sum().clamp(min=torch.finfo(items.dtype).tiny)
-    return scale * sums(new, n_new)
+def fold_in(shares: Tensor, edge_index: Tensor, n_users: int) -> Tensor:
+    """Return the representations of users by their items, ``[n_users, d]``.
+
+    Args:
+        shares: of the items, ``[n_items, d]``, see :func:`item_shares`.
+        edge_index: user and item of each of their interactions, ``[2, E]``, unique.
+        n_users: number of users.
+    """
+    counts = torch.bincount(edge_index[0], minlength=n_users).to(shares.dtype)
+    weight = counts[edge_index[0]].rsqrt()
+    return SparseMatrix(Edges(edge_index, weight), (n_users, len(shares))).multiply(shares)

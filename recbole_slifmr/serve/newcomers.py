@@ -20,7 +20,7 @@ from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.model.base import EmbeddingRecommender
 from recbole_slifmr.model.fused import FusedRecommender
 from recbole_slifmr.model.linear import LinearRecommender
-from recbole_slifmr.nn.fold_in import fold_in
+from recbole_slifmr.nn.fold_in import fold_in, item_shares
 from recbole_slifmr.serve.recommend import Ranking, rank_items
 from recbole_slifmr.serve.trained import Trained
 
@@ -28,14 +28,15 @@ Score = Callable[[scipy.sparse.csr_array], Tensor]
 
 
 def recommend_for(
-    trained: Trained, histories: Sequence[np.ndarray], k: int, candidates: np.ndarray | None = None
+    score: Score, histories: Sequence[np.ndarray], k: int, n_items: int, candidates: np.ndarray | None = None
 ) -> Iterator[Ranking]:
     """Recommend items to users who were not in training; never those that they have.
 
     Args:
-        trained: the model.
+        score: what :func:`scorer` gives.
         histories: item ids of each user.
         k: items per user.
+        n_items: number of items, the padding item 0 included.
         candidates: ids of the items that may be recommended, ``[C]``; all if None.
 
     Returns:
@@ -43,13 +44,12 @@ def recommend_for(
 
     Raises:
         DataError: if a user has no items.
-        SettingError: for a model that knows users by their own embeddings only.
     """
     if any(len(items) == 0 for items in histories):
         raise DataError("a new user is known by items: name at least one of each")
     seen = History.of_rows([torch.from_numpy(np.unique(items)) for items in histories])
-    score, n_items = scorer(trained), trained.n_items
 
+    @torch.no_grad()
     def scores(users: np.ndarray) -> Tensor:
         rows, items = seen.cells(users)
         ones = np.ones(len(rows), dtype=np.float32)
@@ -58,6 +58,7 @@ def recommend_for(
     return rank_items(scores, np.arange(len(histories)), k, n_items, seen, candidates)
 
 
+@torch.no_grad()
 def scorer(trained: Trained) -> Score:
     """Return a function from which items users have, ``[n, n_items]``, to the scores of all items, ``[n, n_items]``.
 
@@ -70,7 +71,7 @@ def scorer(trained: Trained) -> Score:
     if isinstance(model, EASE):
         return lambda history: torch.from_numpy(np.asarray(history @ model.item_similarity))
     if isinstance(model, FusedRecommender):
-        return torch.no_grad()(model.history_scores)
+        return model.score_new_users()
     if isinstance(model, (EmbeddingRecommender, LightGCN)):
         return _folding_in(trained)
     raise SettingError(
@@ -84,11 +85,10 @@ def _folding_in(trained: Trained) -> Score:
     data, n_items = trained.dataset, trained.n_items
     pairs = data.inter_feat[data.uid_field].long() * n_items + data.inter_feat[data.iid_field]
     pairs = torch.unique(pairs).to(items.device)
-    known = torch.stack([pairs // n_items, pairs % n_items])
+    shares = item_shares(users, items, torch.stack([pairs // n_items, pairs % n_items]))
 
-    @torch.no_grad()
     def score(history: scipy.sparse.csr_array) -> Tensor:
         new = torch.from_numpy(np.stack(history.nonzero()).astype(np.int64)).to(items.device)
-        return fold_in(users, items, known, new, history.shape[0]) @ items.T
+        return fold_in(shares, new, history.shape[0]) @ items.T
 
     return score

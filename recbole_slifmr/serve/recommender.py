@@ -27,7 +27,7 @@ from recbole_slifmr.data.history import History
 from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
 from recbole_slifmr.files import replace_folder, write_json
 from recbole_slifmr.serve.explain import make_explainer
-from recbole_slifmr.serve.newcomers import recommend_for
+from recbole_slifmr.serve.newcomers import Score, recommend_for, scorer
 from recbole_slifmr.serve.recommend import Ranking, rank_items, recommend, similar_items, table
 from recbole_slifmr.serve.trained import Trained, load_trained
 from recbole_slifmr.training.experiment import Result, run
@@ -57,7 +57,8 @@ class Recommender:
         self._trained: Trained | None = None
         self._checkpoint = self._data = Path()  # where they are once it is trained
         self._about: dict[str, Any] = {}
-        self._explainer: Any = None
+        self._explainer: Any = None  # these two are made when they are first asked for
+        self._scorer: Score | None = None
         self._remove: Any = None
 
     def __repr__(self) -> str:
@@ -132,7 +133,8 @@ class Recommender:
         if self._remove is not None:  # what an earlier training left
             self._remove()
         self._trained, self._checkpoint, self._about, self._remove = trained, checkpoint, about, remove
-        self._explainer, self._data = None, Path(trained.dataset.dataset_path)
+        self._explainer = self._scorer = None
+        self._data = Path(trained.dataset.dataset_path)
 
     @property
     def trained(self) -> Trained:
@@ -182,7 +184,9 @@ class Recommender:
         trained = self.trained
         known = [trained.item_ids(_tokens(history))]
         allowed = None if candidates is None else trained.item_ids(_tokens(candidates))
-        (ranking,) = recommend_for(trained, known, _positive(k), allowed)
+        if self._scorer is None:
+            self._scorer = scorer(trained)
+        (ranking,) = recommend_for(self._scorer, known, _positive(k), trained.n_items, allowed)
         return self._as_given([table(ranking, np.array([""]), trained.item_tokens).drop(columns="user")])
 
     def similar(self, items: Any, k: int = 10) -> pd.DataFrame:
@@ -285,7 +289,12 @@ class Recommender:
             about = json.loads((Path(path) / ABOUT).read_text(encoding="utf-8"))
             model, settings, name = about.pop("model"), dict(about.pop("settings")), about["dataset"]
             kinds = {"columns": dict, "test": dict, "numbers": list}
-            if Path(name).name != name or any(not isinstance(about[key], kind) for key, kind in kinds.items()):
+            if (
+                not name
+                or name.startswith(".")
+                or Path(name).name != name
+                or any(not isinstance(about[key], kind) for key, kind in kinds.items())
+            ):
                 raise ValueError("it does not say what it should")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SettingError(f"{path} is no saved recommender: {ABOUT} in it cannot be read ({error})") from error

@@ -85,8 +85,10 @@ def convert_frames(
             np.save(files[name], matrix)
             write_tokens(files[name].parent / IDS_FILE, rows)
         try:
-            others = (paths.get(what) for what in ("items", "triples", "links"))
-            convert_tables(paths["interactions"], out, NAME, *others, features=files, separator=",")
+            convert_tables(
+                paths["interactions"], out, NAME, paths.get("items"), paths.get("triples"), paths.get("links"), files,
+                separator=",",
+            )  # fmt: skip
         except (DataError, SettingError) as error:
             raise type(error)(_without_files(str(error), folder)) from error
 
