@@ -309,6 +309,7 @@ def test_questions_that_cannot_be_answered(trained):
         (lambda: trained("BPR").explain(101, 7), "BPR has no feedback graph"),
         (lambda: trained().explain([101, 102], 7), "one user and one item"),
         (lambda: trained().evaluate(pd.DataFrame({"user": [1], "item": [7]})), "unknown user '1'"),
+        (lambda: trained().evaluate(pd.DataFrame({"user": [], "item": []})), "nothing but pairs of the training split"),
         (lambda: Recommender().recommend(1), "SLIFMR is not trained yet: call fit first"),
         (lambda: Recommender("BPR", epoch=3).fit(**frames()), "unknown setting 'epoch'"),
         (lambda: Recommender("SLIFNR").fit(**frames()), "did you mean 'SLIFMR'"),

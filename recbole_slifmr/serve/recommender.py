@@ -18,24 +18,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from recbole.evaluator import Evaluator
-from recbole.evaluator.collector import DataStruct
 
 from recbole_slifmr.data.convert.frames import NAME, as_tokens, convert_frames, find_column, is_whole, tokens_of
-from recbole_slifmr.data.history import History
 from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
 from recbole_slifmr.files import replace_folder, write_json
+from recbole_slifmr.serve.evaluate import evaluate
 from recbole_slifmr.serve.explain import make_explainer
 from recbole_slifmr.serve.newcomers import Score, recommend_for, scorer
-from recbole_slifmr.serve.recommend import Ranking, rank_items, recommend, similar_items, table
+from recbole_slifmr.serve.recommend import Ranking, recommend, similar_items, table
 from recbole_slifmr.serve.trained import Trained, load_trained
 from recbole_slifmr.training.experiment import Result, run
-from recbole_slifmr.training.metrics import replace_loops
 
 CHECKPOINT, ABOUT, DATA = "checkpoint.pth", "recommender.json", "data"
 QUIET = {"show_progress": False, "state": "WARNING"}
-LISTS_SUFFICE = ("recall", "ndcg", "mrr", "map", "hit", "precision")  # metrics that need nothing but hits
 
 
 class Recommender:
@@ -225,34 +220,14 @@ class Recommender:
 
         Raises:
             DataError: for a frame that cannot be used or has unknown users or items.
-            SettingError: for metrics that need more than the first k items.
+            SettingError: for metrics that need more than hits.
         """
         trained = self.trained
         if test is None:
             return dict(self._about["test"])
-        metrics = [name for name in trained.config["metrics"] if name.lower() not in LISTS_SUFFICE]
-        if metrics:
-            raise SettingError(f"evaluate(test) computes {', '.join(LISTS_SUFFICE)}, not {metrics[0]}: set metrics")
-        n_items, dataset = trained.n_items, trained.dataset
         tokens = {kind: tokens_of(test, "test", kind, self._about["columns"]) for kind in ("user", "item")}
         users = _rows(trained.user_ids(tokens["user"]), tokens["user"])
-        items = _rows(trained.item_ids(tokens["item"]), tokens["item"])
-        learned = (
-            dataset.inter_feat[dataset.uid_field].numpy() * n_items + dataset.inter_feat[dataset.iid_field].numpy()
-        )
-        held_out = np.setdiff1d(users * n_items + items, learned)
-        if len(held_out) == 0:
-            raise DataError("test has nothing but pairs of the training split: give held-out interactions")
-        seen = np.repeat(np.arange(trained.n_users), np.diff(trained.seen.bounds)) * n_items + trained.seen.items
-        seen = np.setdiff1d(seen, held_out)
-        known = History.of(seen // n_items, seen % n_items, trained.n_users, n_items)
-        scored, counts = np.unique(held_out // n_items, return_counts=True)
-        rankings = rank_items(trained.scores, scored, max(trained.config["topk"]), n_items, known)
-        hits = [np.isin(ranking.users[:, None] * n_items + ranking.items, held_out) for ranking in rankings]
-        lists, evaluator = DataStruct(), Evaluator(trained.config)
-        replace_loops(evaluator)
-        lists.set("rec.topk", torch.from_numpy(np.column_stack([np.concatenate(hits), counts]).astype(np.int32)))
-        return _floats(evaluator.evaluate(lists))
+        return evaluate(trained, users, _rows(trained.item_ids(tokens["item"]), tokens["item"]))
 
     def save(self, path: str | Path) -> None:
         """Write a folder with checkpoint and data, whole or not at all; it may take the place of an earlier one.
