@@ -15,3 +15,12 @@ from recbole_slifmr.plugin import register as _register
 
 _redirect()
 _register()
+
+
+def __getattr__(name: str) -> object:
+    """Import ``Recommender`` when it is asked for: what it needs would make every import slower."""
+    if name == "Recommender":
+        from recbole_slifmr.serve.recommender import Recommender
+
+        return Recommender
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

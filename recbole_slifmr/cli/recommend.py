@@ -24,12 +24,20 @@ TRAINED_OPTIONS = [
 ]
 
 
-def _read_tokens(file: Path) -> list[str]:
-    """Return the tokens of a file, one a line."""
+def _read_lines(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from error
+
+
+def _split(text: str) -> list[str]:
+    return [token.strip() for token in text.split(",") if token.strip()]
+
+
+def _read_tokens(file: Path) -> list[str]:
+    """Return the tokens of a file, one a line."""
+    lines = _read_lines(file)
     tokens = [line.strip() for line in lines if line.strip()]
     if not tokens:
         raise DataError(f"{file} holds no tokens: it should have one a line")
@@ -42,6 +50,8 @@ def _read_tokens(file: Path) -> list[str]:
     click.option("--users", default=None, help="User tokens with commas between them."),
     click.option("--users_file", "--users-file", type=click.Path(path_type=Path), help="File of user tokens."),
     click.option("--all", "everybody", is_flag=True, help="Recommend to all users."),
+    click.option("--history", default=None, help="Item tokens of a user who was not in training, with commas."),
+    click.option("--histories", type=click.Path(path_type=Path), help="File of such users, a line of tokens each."),
     click.option("--similar_items", "--similar-items", "item", default=None, help="Item whose nearest items to show."),
     click.option("--k", default=20, show_default=True, type=click.IntRange(min=1), help="Items per user."),
     click.option("--exclude_seen/--include_seen", "--exclude-seen/--include-seen", "exclude_seen", default=True,
@@ -64,6 +74,8 @@ def recommend(
     users: str | None,
     users_file: Path | None,
     everybody: bool,
+    history: str | None,
+    histories: Path | None,
     item: str | None,
     k: int,
     exclude_seen: bool,
@@ -75,12 +87,20 @@ def recommend(
 ) -> None:
     """Recommend items: slifmr recommend --checkpoint=saved/SLIFMR-....pth --users=196,186 --k=10.
 
-    Users and items are named as in the data set's files. Files of tokens hold one a line.
+    Users and items are named as in the data set's files. Files of tokens hold one a line. Users who were not in
+    training are known by the items they have; they are called by the number of their line.
     """
-    if sum([users is not None, users_file is not None, everybody, item is not None]) != 1:
-        raise SettingError("name users with --users, --users-file or --all, or an item with --similar-items")
-    if explain and (everybody or item is not None):
+    chosen = [given is not None for given in (users, users_file, history, histories, item)]
+    if sum(chosen) + everybody != 1:
+        raise SettingError(
+            "name users with --users, --users-file or --all, new ones with --history or --histories, or an item with "
+            "--similar-items"
+        )
+    if explain and users is None and users_file is None:
         raise SettingError("--explain is for users named by --users or --users-file")
+    is_new = history is not None or histories is not None
+    if is_new and not exclude_seen:
+        raise SettingError("the items of --history and --histories are never recommended: leave out --include-seen")
     as_table = explain and kind is None and out is None
     suffix = out.suffix[1:] if out is not None else ""
     for_people = as_table or (kind is None and out is None and sys.stdout.isatty())
@@ -100,26 +120,30 @@ def recommend(
         nearest = similar_items(trained, int(trained.item_ids([item])[0]), k)
         write_tables([columns.beside(nearest, "similar_item")], kind, out, sys.stdout)
         return
-    if everybody:
-        import numpy as np
+    import numpy as np
 
-        ids = np.arange(1, trained.n_users)
+    allowed = None if candidates is None else trained.item_ids(_read_tokens(candidates))
+    user_tokens = trained.user_tokens
+    if is_new:
+        from recbole_slifmr.serve.newcomers import recommend_for, scorer
+
+        known = [_split(line) for line in ([history or ""] if histories is None else _read_lines(histories))]
+        trained.item_ids([token for tokens in known for token in tokens])  # all that are unknown, in one message
+        ids, user_tokens = np.arange(len(known)), np.arange(1, len(known) + 1).astype(str).astype(object)
+        item_ids = [trained.item_ids(tokens) for tokens in known]
+        rankings = recommend_for(scorer(trained), item_ids, k, trained.n_items, allowed)
     else:
         tokens = _read_tokens(users_file) if users_file else [user.strip() for user in (users or "").split(",")]
-        ids = trained.user_ids(tokens)
-    allowed = None if candidates is None else trained.item_ids(_read_tokens(candidates))
-    rankings = rank(trained, ids, k, exclude_seen, allowed)
+        ids = np.arange(1, trained.n_users) if everybody else trained.user_ids(tokens)
+        rankings = rank(trained, ids, k, exclude_seen, allowed)
     if explain:
-        from recbole_slifmr.model.linear import LinearRecommender
-        from recbole_slifmr.serve.explain import Explainer
-        from recbole_slifmr.serve.explain_linear import LinearExplainer
+        from recbole_slifmr.serve.explain import make_explainer
 
-        is_linear = isinstance(trained.model, LinearRecommender)
-        explainer = LinearExplainer(trained) if is_linear else Explainer(trained)
+        explainer = make_explainer(trained)
 
     def tables() -> Iterator[pd.DataFrame]:
         for ranking in rankings:
-            frame = table(ranking, trained.user_tokens, trained.item_tokens)
+            frame = table(ranking, user_tokens, trained.item_tokens)
             if explain:
                 frame["explanation"] = [reason for row in explainer.explain(ranking) for reason in row]
             yield columns.beside(frame, "item")

@@ -814,6 +814,17 @@ class _NoBoard:
         return lambda *args, **kwargs: None
 
 
+@contextlib.contextmanager
+def without_board() -> Iterator[None]:
+    """Have trainers that are built within write nothing for TensorBoard."""
+    trainer: Any = importlib.import_module("recbole.trainer.trainer")
+    kept, trainer.get_tensorboard = trainer.get_tensorboard, lambda logger: _NoBoard()
+    try:
+        yield
+    finally:
+        trainer.get_tensorboard = kept
+
+
 @_repair
 def shares_of_data() -> bool:
     """Give each process its share of the data: shuffled by the seed, and in evaluation nobody twice.

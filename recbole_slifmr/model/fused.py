@@ -8,10 +8,12 @@ data (``nn/linear_branch.py``), whose scores are added.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
+import scipy.sparse
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,14 @@ from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import GraphRecommender, feature_size
 from recbole_slifmr.model.linear import content_sources
 from recbole_slifmr.model.settings import Count, FeatureSettings, GraphSettings, Positive, Weight, Whole
-from recbole_slifmr.nn.encoder import RELATION_WEIGHTS, FeatureEncoder, KnowledgeEncoder, filter_by_degree
+from recbole_slifmr.nn.encoder import (
+    RELATION_WEIGHTS,
+    FeatureEncoder,
+    InteractionGraph,
+    KnowledgeEncoder,
+    filter_by_degree,
+)
+from recbole_slifmr.nn.fold_in import fold_in, item_shares
 from recbole_slifmr.nn.graph import KNN_SEARCHES
 from recbole_slifmr.nn.layers import FUSIONS, Fusion, unit
 from recbole_slifmr.nn.linear import DenseSolver, NeighbourSolver, Solver, Source, interaction_factor, tag_vectors
@@ -244,6 +253,29 @@ class FusedRecommender(GraphRecommender):
         """Return the scores of all items for each user, ``[B * n_items]``."""
         scores = super().full_sort_predict(interaction)
         return scores if self.linear is None else scores.add_(self.linear.scores(interaction[self.USER_ID]).flatten())
+
+    def score_new_users(self) -> Callable[[scipy.sparse.csr_array], Tensor]:
+        """Return a function from the items of users who were not in training to the scores of all items.
+
+        It takes ones where a user has an item, ``[n, n_items]``, and returns ``[n, n_items]``. The linear branch and
+        the means over a user's items are exact; the interaction view is folded in, see ``nn/fold_in.py``.
+        """
+        items, views = self._final_embeddings()[1], self.encode()
+        shares = item_shares(views.users[:, 0], views.items[:, 0], self.interaction_encoder.edge_index)
+
+        def score(history: scipy.sparse.csr_array) -> Tensor:
+            n_users, edge_index = history.shape[0], torch.from_numpy(np.stack(history.nonzero()).astype(np.int64))
+            edge_index = edge_index.to(items.device)
+            graph = InteractionGraph(edge_index, n_users, self.n_items)
+            users = [fold_in(shares, edge_index, n_users)]
+            for v in range(1, len(self.view_names)):
+                users.append(graph.user_means(views.items[:, v], views.item_mask[:, v]))
+            mask = graph.user_mask(views.item_mask)
+            mask[:, 0] = True  # as in training
+            scores = self.fuse(self.user_fusion, torch.stack(users, dim=1), mask) @ items.T
+            return scores if self.linear is None else scores.add_(self.linear.history_scores(history))
+
+        return score
 
 
 def linear_weight(settings: FusedSettings, dataset: Any) -> float:

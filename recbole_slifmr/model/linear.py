@@ -10,12 +10,10 @@ from abc import abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
 import scipy.sparse
 import torch
 from recbole.utils import InputType, ModelType
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from recbole_slifmr.data.cold import ColdScoring
 from recbole_slifmr.errors import SettingError
@@ -28,6 +26,7 @@ from recbole_slifmr.nn.linear import (
     Solver,
     Source,
     feature_factor,
+    history_scores,
     interaction_factor,
     tag_factor,
 )
@@ -173,11 +172,15 @@ class LinearRecommender(DeclaredRecommender):
         return self._scores(interaction[self.USER_ID]).flatten()
 
     def _scores(self, users: Tensor) -> Tensor:
-        history, weights = self.history[users.cpu().numpy()], self.weights
-        if not isinstance(weights, Tensor):
-            return torch.from_numpy((history @ weights).toarray().astype(np.float32)).to(self.device)
-        items, bounds = (torch.from_numpy(ids.astype(np.int64)) for ids in (history.indices, history.indptr[:-1]))
-        return F.embedding_bag(items.to(weights.device), weights, bounds.to(weights.device), mode="sum")
+        return self.history_scores(self.history[users.cpu().numpy()])
+
+    def history_scores(self, history: scipy.sparse.csr_array) -> Tensor:
+        """Return the scores of all items for users with other items than in training, ``[n, n_items]``.
+
+        Args:
+            history: ones where a user has an item, ``[n, n_items]``.
+        """
+        return history_scores(history, self.weights, self.device)
 
 
 def content_sources(

@@ -377,6 +377,14 @@ def top_weights(weights: Matrix, k: int) -> scipy.sparse.csc_array:
     return kept
 
 
+def history_scores(history: scipy.sparse.csr_array, weights: Matrix, device: torch.device | str) -> Tensor:
+    """Return x B for each row x of ``history [n, n_items]``, ones where a user has an item; ``[n, n_items]``."""
+    if not isinstance(weights, Tensor):
+        return torch.from_numpy((history @ weights).toarray().astype(np.float32)).to(device)
+    items, bounds = (torch.from_numpy(ids.astype(np.int64)) for ids in (history.indices, history.indptr[:-1]))
+    return F.embedding_bag(items.to(weights.device), weights, bounds.to(weights.device), mode="sum")
+
+
 def weights_on(weights: Matrix, items: np.ndarray, item: int) -> np.ndarray:
     """Return the weights that ``item`` has on ``items [n]``, ``[n]`` float64."""
     if isinstance(weights, Tensor):

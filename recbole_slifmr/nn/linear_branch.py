@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recbole_slifmr.nn.linear import Matrix, Solver, Source, residual_variances
+from recbole_slifmr.nn.linear import Matrix, Solver, Source, history_scores, residual_variances
 
 PAIRS = 4096  # pairs of user and item at a time
 MOST_LEVERAGE = 0.99  # of a user's row; with weights cut off, h may come out as 1 or more
@@ -76,10 +76,17 @@ class LinearBranch:
         """Return the scores of all items for ``users [B]``, ``[B, n_items]``."""
         weights, _, _, scale = self._solution()
         if not isinstance(weights, Tensor):
-            rows = (self.history[users.cpu().numpy()] @ weights).toarray()
-            return torch.from_numpy(rows.astype(np.float32)).to(self.device).mul_(scale)
+            return self.history_scores(self.history[users.cpu().numpy()])
         items, starts, _ = self._histories(users)
         return F.embedding_bag(items, weights, starts, mode="sum").mul_(scale)
+
+    def history_scores(self, history: scipy.sparse.csr_array) -> Tensor:
+        """Return the scores of all items for users with other items than in training, ``[n, n_items]``.
+
+        Args:
+            history: ones where a user has an item, ``[n, n_items]``.
+        """
+        return history_scores(history, self.weights, self.device).mul_(self.scale)
 
     def pair_scores(self, users: Tensor, items: Tensor) -> Tensor:
         """Return the scores of ``items [B, K]`` for ``users [B]``, ``[B, K]``."""

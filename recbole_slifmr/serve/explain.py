@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from recbole_slifmr.data.history import History
 from recbole_slifmr.errors import SettingError
+from recbole_slifmr.model.linear import LinearRecommender
 from recbole_slifmr.model.slifmr import SLIFMR
 from recbole_slifmr.nn.encoder import filter_by_degree
 from recbole_slifmr.nn.layers import unit
 from recbole_slifmr.nn.linear import weights_on
+from recbole_slifmr.serve.explain_linear import LinearExplainer
 from recbole_slifmr.serve.recommend import Ranking
 from recbole_slifmr.serve.trained import Trained
 
@@ -121,7 +123,7 @@ class Explainer:
         largest = [place for place in np.argsort(-shares, kind="stable")[:SHOWN] if shares[place] > 0]
         tokens = self.trained.item_tokens
         return {
-            "graphs": round(score - shares.sum(), 4),
+            "graphs": round(score - float(shares.sum()), 4),
             "linear": round(float(shares.sum()), 4),
             "items": [
                 {"item": str(tokens[known[place]]), "score": round(float(shares[place]), 4)} for place in largest
@@ -159,3 +161,12 @@ class Explainer:
 
 def _short(values: Tensor) -> list[float]:
     return [round(value, 4) for value in values.tolist()]
+
+
+def make_explainer(trained: Trained) -> Explainer | LinearExplainer:
+    """Return the explainer of a SLIFMR or of a closed form.
+
+    Raises:
+        SettingError: if it is another model.
+    """
+    return LinearExplainer(trained) if isinstance(trained.model, LinearRecommender) else Explainer(trained)

@@ -22,6 +22,7 @@ from recbole.trainer import PretrainTrainer
 from recbole.utils import ModelType, get_model, get_trainer, init_logger, init_seed
 
 from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
+from recbole_slifmr.host.compat import without_board
 from recbole_slifmr.host.settings import bad_input, make_config
 from recbole_slifmr.training.checkpoint import check_data, check_optimizer, data_record, read_checkpoint
 from recbole_slifmr.training.distributed import launch, stay_on_this_machine
@@ -110,6 +111,7 @@ def run(
     on_start: Callable[[Prepared], None] | None = None,
     on_valid: Callable[[int, float, float, bool], None] | None = None,
     splits: Splits | None = None,
+    log: bool = True,
 ) -> Result:
     """Train a model, choose the epoch on the validation split, score that epoch once on the test split.
 
@@ -127,6 +129,7 @@ def run(
         on_start: called with everything of the run before its first epoch.
         on_valid: called after each validation with epoch, seconds, score and whether it is the best so far.
         splits: of just these settings of the data; read here if None.
+        log: whether to keep a log and a file for TensorBoard in the working directory.
 
     Returns:
         the result.
@@ -138,11 +141,14 @@ def run(
     config = make_config(model, dataset, config_files, settings)
     _check_wandb(config)
     set_threads(config)
-    log_file = start_log(config, quiet)
+    if not log:
+        end_log()  # of an earlier run: its file is not that of this one
+    log_file = start_log(config, quiet) if log else None
     getLogger().info(config)
     if not config["single_spec"]:
         getLogger().info(f"{config['world_size']} processes on {config['device'].type}")
-    prepared = prepare(config, split_seed, splits)
+    with contextlib.nullcontext() if log else without_board():
+        prepared = prepare(config, split_seed, splits)
     if detailed and len(prepared.test_data._dataset) == 0:
         raise DataError(f"the test split of '{config['dataset']}' is empty: check eval_args and the files")
     trainer = prepared.trainer
@@ -365,9 +371,7 @@ def start_log(config: Config, quiet: bool = False) -> Path | None:
     if config["local_rank"] != 0:
         root.addHandler(logging.NullHandler())  # without one, warnings would go to stderr
         return None
-    for handler in _handlers:
-        root.removeHandler(handler)
-        handler.close()
+    end_log()
     others, root.handlers[:] = root.handlers[:], []  # with handlers, init_logger does nothing
     init_logger(config)
     _handlers[:] = root.handlers
@@ -388,6 +392,14 @@ def ignore_deprecations() -> None:
 
 
 _handlers: list[logging.Handler] = []  # of the run that logs
+
+
+def end_log() -> None:
+    """End the log of an earlier run in the same process."""
+    for handler in _handlers:
+        getLogger().removeHandler(handler)
+        handler.close()
+    _handlers.clear()
 
 
 def run_distributed(
