@@ -343,9 +343,10 @@ for name in sys.argv[1].split(","):
             os.makedirs(f"{when}-{number}-{sent:d}")
             os.chdir(f"{when}-{number}-{sent:d}")
             torch.save = stopped
+            sys.stdout = open("out.txt", "w")
             main(sys.argv[2:])
         _, status = os.waitpid(child, 0)
-        print(f"{when}-{number}-{sent:d}", os.WTERMSIG(status) == sent)
+        print(f"{when}-{number}-{sent:d}", os.WTERMSIG(status) == sent, flush=True)
 """
 
 
