@@ -295,6 +295,16 @@ def test_a_score_is_the_inner_product_and_the_linear_part_of_all_interactions(ti
     assert not torch.allclose(all_scores(without)[:, 1:], scores[1:, 1:])
 
 
+def test_with_more_items_than_a_matrix_has_room_for_the_linear_branch_has_neighbours(tiny, build):
+    dense, sparse = build(tiny, linear_max_items=100), build(tiny, linear_max_items=5)
+    assert isinstance(dense.model.linear.weights, torch.Tensor)
+    assert not isinstance(sparse.model.linear.weights, torch.Tensor)
+    torch.testing.assert_close(all_scores(sparse)[:, 1:], all_scores(dense)[:, 1:], rtol=1e-4, atol=1e-4)
+    batch = batch_of(dense)
+    for term, same in zip(sparse.model.calculate_loss(batch), dense.model.calculate_loss(batch), strict=True):
+        torch.testing.assert_close(term, same, rtol=1e-4, atol=1e-4)
+
+
 def test_the_linear_branch_counts_less_with_more_interactions_per_user(tiny, build):
     whole = build(tiny, linear_weight=3.0, dense_at=0.0)
     users = whole.train._dataset.inter_feat["user_id"]

@@ -60,6 +60,7 @@ class LinearBranch:
         self.device = device
         self._items = torch.from_numpy(history.indices.astype(np.int64)).to(device)
         self._bounds = torch.from_numpy(history.indptr.astype(np.int64)).to(device)
+        self._columns: scipy.sparse.csr_array | None = None
         self._solved: tuple[Matrix, Tensor, Tensor, float] | None = None
 
     @property
@@ -122,6 +123,12 @@ class LinearBranch:
             self._solved = weights, variance, leverage, self.size / mean if mean > 0 else 0.0
         return self._solved
 
+    def _by_column(self, weights: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
+        """Return the transposed weights, made once: every training step asks for some columns."""
+        if self._columns is None:
+            self._columns = weights.T.tocsr()
+        return self._columns
+
     def _counts(self) -> Tensor:
         return self._bounds[1:] - self._bounds[:-1]
 
@@ -139,7 +146,7 @@ class LinearBranch:
             known, starts, rows = self._histories(users)
             entries = weights[known.unsqueeze(1), items[rows]]
             return _sums_of_rows(entries, starts)
-        own, columns = self.history[users.cpu().numpy()], weights.T.tocsr()
+        own, columns = self.history[users.cpu().numpy()], self._by_column(weights)
         sums = [own.multiply(columns[column]).sum(axis=1) for column in items.T.cpu().numpy()]
         return torch.from_numpy(np.stack(sums, axis=1).astype(np.float32)).to(users.device)
 
