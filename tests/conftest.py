@@ -16,6 +16,7 @@ import recbole_slifmr  # noqa: F401  registers the models
 from recbole_slifmr.host.settings import make_config
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+THREADS = torch.get_num_threads()
 QUIET = {
     "show_progress": False,
     "state": "ERROR",
@@ -41,6 +42,14 @@ def _in_empty_folder(tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_threads():
+    """A command that is given threads sets them for the whole process; sums then differ in the last digit."""
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture
