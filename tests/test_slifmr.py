@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BOARD, all_scores, batch_of
+from conftest import BOARD as CHECKERBOARD
+from conftest import all_scores, batch_of
 
 from recbole_slifmr.data.dataset import choose_batch_size
 from recbole_slifmr.data.features import KG_TAGS
@@ -16,6 +17,7 @@ from recbole_slifmr.nn import loss
 from recbole_slifmr.nn.graph import knn_graph, unique_edges
 from recbole_slifmr.paths import ROOT
 
+BOARD = {**CHECKERBOARD, "embedding_start": "random"}  # the spectral start solves it before training
 EVERYTHING = {"feature_gate": True, "prune_ratio": 0.2, "eta_interaction": 0.2, "reg_weight": 0.01}
 
 
@@ -43,6 +45,12 @@ def test_learns_with_any_subset_of_its_inputs(board, build, use_kg, n_modalities
     assert run.model.view_names == ["interaction", *modalities, *([KG_TAGS] if use_kg else [])]
     score, _ = run.trainer.fit(run.train, run.valid, show_progress=False, saved=False)
     assert score >= FLOOR
+
+
+def test_the_spectral_start_ranks_without_training(board, build):
+    settings = {**CHECKERBOARD, "learning_rate": 0.0, "epochs": 1, "linear_weight": 0.0}
+    run = build(board, **settings, embedding_start="spectral")
+    assert run.trainer.fit(run.train, run.valid, show_progress=False, saved=False)[0] >= FLOOR
 
 
 def test_what_does_not_learn_stays_below_the_floor(board, build):

@@ -21,6 +21,7 @@ Where the paper leaves a choice open, ``docs/method.md`` says what was chosen an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -45,12 +46,17 @@ from recbole_slifmr.nn.loss import (
     inter_modal_loss,
     intra_modal_loss,
 )
+from recbole_slifmr.nn.spectral import spectral_embeddings
+
+STARTS = ("spectral", "random")
+SPREAD = 3.0  # of spectral embeddings, in standard deviations of random ones
 
 
 @dataclass(frozen=True)
 class SLIFMRSettings(FusedSettings):
     """The settings of SLIFMR."""
 
+    embedding_start: Annotated[str, STARTS]
     refresh_first_epoch: Whole
     refresh_interval: int | str
     refresh_k: Count
@@ -93,6 +99,19 @@ class SLIFMR(FusedRecommender):
         self.intra_view_indices = self._choose_views(self.settings.intra_views)
         self.feedback_index = torch.zeros(2, 0, dtype=torch.long)
         self._set_item_block(empty_edges(self.device))
+        if self.settings.embedding_start == "spectral":
+            self._add_spectral_embeddings()
+
+    @torch.no_grad()
+    def _add_spectral_embeddings(self) -> None:
+        """Add the singular vectors of the interactions to the random embeddings of users and items."""
+        tables = self.user_embedding.weight, self.item_embedding.weight
+        spread = SPREAD * math.prod(2 / sum(table.shape) for table in tables) ** 0.25  # of Xavier's distribution
+        edges = self.interaction_encoder.edge_index
+        for table, start in zip(
+            tables, spectral_embeddings(edges, self.n_users, self.n_items, self.embedding_size), strict=True
+        ):
+            table[:, : start.shape[1]] += spread * start.to(table)
 
     @classmethod
     def check(cls, config: Any, dataset: Any) -> None:
