@@ -52,11 +52,11 @@ def feature_folder_of(config: Any) -> Path:
 
 
 AUTO = "auto"
-STEPS, SMALLEST_BATCH, LARGEST_BATCH = 32, 2048, 8192  # of an epoch with train_batch_size: auto
+STEPS, SMALLEST_BATCH, LARGEST_BATCH = 16, 2048, 8192  # of an epoch with train_batch_size: auto
 
 
 def choose_batch_size(config: Any, n_interactions: int) -> None:
-    """Give ``train_batch_size: auto`` its value: so many interactions that an epoch has 32 steps, from 2048 to 8192.
+    """Give ``train_batch_size: auto`` its value: so many interactions that an epoch has 16 steps, from 2048 to 8192.
 
     A model that propagates over whole graphs does so in every step. With a fixed batch, the time of an epoch would grow
     with the square of the interactions.
