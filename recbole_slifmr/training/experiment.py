@@ -116,7 +116,7 @@ def run(
     """Train a model, choose the epoch on the validation split, score that epoch once on the test split.
 
     Args:
-        model: name of a model of this package or of RecBole.
+        model: name of a model of this package or of RecBole, or ``package.module:Class`` of one of your own.
         dataset: name of the data set's folder under ``data_path``.
         config_files: YAML files of settings, the later ones win.
         settings: settings that win over the files.
@@ -186,7 +186,7 @@ def run(
     else:
         test_result = trainer.evaluate(prepared.test_data, show_progress=show_progress)
     return Result(
-        model=model,
+        model=config["model"],
         dataset=config["dataset"],
         seed=config["seed"],
         valid=dict(best_result or {}),
@@ -420,7 +420,7 @@ def run_distributed(
     Each process takes a GPU, over NCCL; where there are fewer GPUs than processes all are on the CPU, over Gloo.
 
     Args:
-        model: name of a model of this package or of RecBole.
+        model: name of a model of this package or of RecBole, or ``package.module:Class`` of one of your own.
         dataset: name of the data set's folder under ``data_path``.
         config_files: YAML files of settings, the later ones win.
         settings: settings that win over the files. ``train_batch_size`` is that of all processes together.
