@@ -44,6 +44,9 @@ class Callback:
     def on_fit_end(self, trainer: Trainer) -> None:
         """Run once after the last epoch."""
 
+    def on_run_end(self, trainer: Trainer, result: Any) -> None:
+        """Run once when the best epoch is scored on test; ``result`` is that of the run, not of a search's trial."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on as if it had not stopped; numbers and strings."""
         return {}
@@ -248,6 +251,7 @@ def load_callback(path: str) -> Callback:
     except (ImportError, AttributeError, ValueError) as error:
         raise SettingError(f"callbacks: '{path}' cannot be loaded as package.module:ClassName: {error}") from error
     hooks = [name for name, hook in vars(Callback).items() if callable(hook) and not name.startswith("_")]
+    hooks.remove("on_run_end")  # a class may do without the one that is younger than the others
     missing = [hook for hook in hooks if not hasattr(callback, hook)]
     if missing:
         raise SettingError(

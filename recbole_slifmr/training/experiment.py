@@ -28,6 +28,7 @@ from recbole_slifmr.training.checkpoint import check_data, check_optimizer, data
 from recbole_slifmr.training.distributed import launch, stay_on_this_machine
 from recbole_slifmr.training.evaluation import evaluate, mask_training_items_only
 from recbole_slifmr.training.fingerprint import fingerprint, input_fingerprints
+from recbole_slifmr.training.follow import tell_end
 from recbole_slifmr.training.ranking import with_ranking
 from recbole_slifmr.training.shared import Splits
 from recbole_slifmr.training.trainer import make_callbacks
@@ -185,7 +186,7 @@ def run(
         test_result, per_user = evaluate(trainer, prepared.test_data, prepared.train_data)
     else:
         test_result = trainer.evaluate(prepared.test_data, show_progress=show_progress)
-    return Result(
+    result = Result(
         model=config["model"],
         dataset=config["dataset"],
         seed=config["seed"],
@@ -205,6 +206,8 @@ def run(
         validation_seconds=getattr(trainer, "validation_seconds", 0.0),
         per_user=per_user,
     )
+    tell_end(trainer, result)
+    return result
 
 
 def prepare(config: Config, split_seed: int | None = None, splits: Splits | None = None) -> Prepared:
