@@ -112,6 +112,15 @@ def test_a_server_that_does_not_answer_is_one_line(mlflow, monkeypatch):
         follow.MLflow().on_train_start(SimpleNamespace(config=_Config(model="SLIFMR")))
 
 
+def test_a_server_that_is_lost_on_the_way_costs_no_run(mlflow, settings, monkeypatch, caplog):
+    def log_metrics(metrics, step=None):
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(mlflow, "log_metrics", log_metrics)
+    result = run("SLIFMR", "tiny", settings={**settings, "callbacks": [NAME]}, log=False)
+    assert result.test and "MLflow was not told (log_metrics): ConnectionError: gone" in caplog.text
+
+
 class _Update(dict):
     def update(self, content, allow_val_change=False):
         super().update(content)

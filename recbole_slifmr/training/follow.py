@@ -1,17 +1,15 @@
-"""Where runs are followed beside the log and TensorBoard: MLflow and Weights & Biases.
+"""Where runs are followed beside the log and TensorBoard: MLflow and Weights & Biases; see ``docs/recbole.md``.
 
-Weights & Biases is RecBole's own: ``--log_wandb=True``, for any model. MLflow is a callback, for the models that run
-callbacks: ``--callbacks="['recbole_slifmr.training.follow:MLflow']"``. Both have settings, scores by epoch and, when
-the run ends, its test scores and what is needed to repeat it. Which server and experiment is their own business, said
-in their environment variables.
+Weights & Biases is RecBole's own: ``--log_wandb=True``. MLflow is a callback, for the models that run callbacks. Both
+have settings, scores by epoch and, when the run ends, its test scores and what is needed to repeat it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.metadata
 import platform
+from logging import getLogger
 from typing import Any, ClassVar
 
 from recbole.trainer import Trainer
@@ -33,12 +31,7 @@ def versions() -> dict[str, str | None]:
 
 
 def manifest_of(config: Any, result: Any) -> dict[str, Any]:
-    """Return what is needed to repeat a run: settings, versions, and hashes of the splits and of what else it read.
-
-    Args:
-        config: RecBole's configuration.
-        result: a :class:`~recbole_slifmr.training.experiment.Result`.
-    """
+    """Return what is needed to repeat a run: settings, versions, hashes of the splits and of what else it read."""
     return {
         "settings": _settings(config),
         "versions": versions(),
@@ -109,11 +102,16 @@ class MLflow(Callback):
         """Note the scores of the best epoch and what is needed to repeat the run."""
         self._log("best_valid", result.valid)
         self._log("test", result.test)
-        if self.is_first:
-            self.mlflow.log_dict(manifest_of(trainer.config, result), "manifest.json")
-            self.mlflow.end_run()
+        self._tell("log_dict", manifest_of(trainer.config, result), "manifest.json")
+        self._tell("end_run")
 
     def _log(self, head: str, values: dict[str, float], step: int | None = None) -> None:
+        self._tell("log_metrics", {f"{head}/{name.replace('@', '_at_')}": float(v) for name, v in values.items()}, step)
+
+    def _tell(self, function: str, *arguments: Any) -> None:
+        """Call a function of MLflow's in the first process; what it raises costs no run that has begun."""
         if self.is_first:
-            named = {f"{head}/{name.replace('@', '_at_')}": float(value) for name, value in values.items()}
-            self.mlflow.log_metrics(named, step=step)
+            try:
+                getattr(self.mlflow, function)(*arguments)
+            except Exception as error:
+                getLogger().warning(f"MLflow was not told ({function}): {one_line(error)}")
