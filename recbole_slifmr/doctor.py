@@ -32,6 +32,7 @@ MODULES = {
     "faiss-cpu": "faiss",
     "pillow": "PIL",
     "markdown-it-py": "markdown_it",
+    "mlflow-skinny": "mlflow",
 }
 OK, ABSENT, BROKEN = "ok", "absent", "broken"
 

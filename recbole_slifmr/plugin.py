@@ -30,6 +30,7 @@ from recbole_slifmr.host import compat
 from recbole_slifmr.host.settings import model_names, wrap_config
 from recbole_slifmr.host.stored import allow_in_checkpoints
 from recbole_slifmr.model import MODELS
+from recbole_slifmr.model.base import DeclaredRecommender
 from recbole_slifmr.training import trainer
 from recbole_slifmr.training.checkpoint import read_checkpoint
 
@@ -47,8 +48,8 @@ def register() -> None:
     for name in model_names():
         if not hasattr(recbole.data.dataset, f"{name}Dataset"):
             setattr(recbole.data.dataset, f"{name}Dataset", SLIFMRDataset)
-    for name in MODELS:
-        setattr(recbole.trainer, f"{name}Trainer", trainer.trainer_of(get_model(name)))
+    for kind in {base for name in MODELS for base in get_model(name).__mro__ if issubclass(base, DeclaredRecommender)}:
+        setattr(recbole.trainer, f"{kind.__name__}Trainer", trainer.trainer_of(kind))
     dataset_arguments.extend(name for name in DATASET_SETTINGS if name not in dataset_arguments)
     wrap_config()
     _wrap_samplers()

@@ -90,8 +90,8 @@ def check_command(words):
     settings = {name: value for name, value in parse_settings(context.args).items() if name != "data_path"}
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnknownSettingWarning)
-        named = context.params.get("model")  # of `slifmr extract`, a model of sentence-transformers
-        model = "SLIFMR" if named in (None, "MODEL") or "/" in named else named
+        named = context.params.get("model")  # of `slifmr extract` one of sentence-transformers; or the reader's own
+        model = "SLIFMR" if named in (None, "MODEL") or set("/:") & set(named) else named
         config = make_config(model, "toy", settings=settings)
     read_noise(config)
 
@@ -124,10 +124,13 @@ def test_the_python_of_the_readme_runs(capsys):
     assert "saved" in capsys.readouterr().out
 
 
-def test_the_tutorial_runs():
-    """Its commands and Python run one after the other, as a reader would run them."""
-    for language, code in FENCE.findall(read("docs/tutorial.md")):
-        if language == "python":
+@pytest.mark.parametrize("page", ["docs/tutorial.md", "docs/own_model.md"])
+def test_the_tutorials_run(page):
+    """Their commands and Python run one after the other, as a reader would run them; some blocks are files."""
+    for language, code in FENCE.findall(read(page)):
+        if file := re.match(r"# (\w+\.(?:py|yaml))\n", code):
+            Path(file[1]).write_text(code, encoding="utf-8")
+        elif language == "python":
             exec(code, {})
         for line in code.splitlines() if language == "bash" else ():
             words = [name for word in shlex.split(line) for name in (glob.glob(word) if "*" in word else [word])]

@@ -17,10 +17,11 @@ from recbole_slifmr.host.settings import parse_settings
 @click.command(name="benchmark", context_settings=FREE_SETTINGS)
 @with_options(
     click.option("--dataset", "-d", required=True, help="Folder under data_path."),
-    click.option("--models", "-m", required=True, help="Names with commas between them: SLIFMR,LightGCN,KGAT,LATTICE."),
+    click.option("--models", "-m", required=True,
+                 help="Names with commas between them: SLIFMR,LightGCN,KGAT; module:Class of a model of your own."),
     click.option("--out", default="benchmark", show_default=True, help="Folder of the outputs; finished runs stay."),
     *RUNS_OPTIONS,
-)
+)  # fmt: skip
 @click.pass_context
 def benchmark_command(context: click.Context, dataset: str, models: str, config_files: str, **options: Any) -> None:
     """Compare models: slifmr benchmark --dataset=ml-100k --models=SLIFMR,LightGCN --seeds=2 --epochs=5.

@@ -19,7 +19,13 @@ from recbole_slifmr.cli.recommend import TRAINED_OPTIONS
     click.option("--faiss", is_flag=True, help="Write a FAISS index of the items too (extra 'ann')."),
 )  # fmt: skip
 def export_command(
-    checkpoint: Path, data_path: str | None, dataset: str | None, out: Path, n_weights: int, faiss: bool
+    checkpoint: Path,
+    data_path: str | None,
+    dataset: str | None,
+    model: str | None,
+    out: Path,
+    n_weights: int,
+    faiss: bool,
 ) -> None:
     """Export users and items: slifmr export --checkpoint=saved/SLIFMR-....pth --out=vectors.
 
@@ -29,5 +35,5 @@ def export_command(
     from recbole_slifmr.serve.export import export
     from recbole_slifmr.serve.trained import load_trained
 
-    for file in export(load_trained(checkpoint, data_path, dataset), out, faiss, n_weights):
+    for file in export(load_trained(checkpoint, data_path, dataset, model), out, faiss, n_weights):
         click.echo(file)

@@ -21,6 +21,7 @@ TRAINED_OPTIONS = [
     click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="File that a training saved."),
     click.option("--data_path", "--data-path", default=None, help="Folder of the data set's folder, if it moved."),
     click.option("--dataset", "-d", default=None, help="Name of the data set, if it changed."),
+    click.option("--model", "-m", default=None, help="module:Class of a model of your own: no file chooses code."),
 ]
 
 
@@ -71,6 +72,7 @@ def recommend(
     checkpoint: Path,
     data_path: str | None,
     dataset: str | None,
+    model: str | None,
     users: str | None,
     users_file: Path | None,
     everybody: bool,
@@ -113,7 +115,7 @@ def recommend(
     from recbole_slifmr.serve.recommend import similar_items, table, write_tables
     from recbole_slifmr.serve.trained import load_trained
 
-    trained = load_trained(checkpoint, data_path, dataset)
+    trained = load_trained(checkpoint, data_path, dataset, model)
     shown = find_title(trained.config) if show is None and for_people else split_names(show or "")
     columns = read_item_columns(trained.config, shown)
     if item is not None:

@@ -149,7 +149,9 @@ def _no_deprecations(wished: bool) -> Iterator[None]:
 
 
 OPTIONS = [
-    click.option("--model", "-m", default=None, help="A model of this package or of RecBole.  [SLIFMR]"),
+    click.option(
+        "--model", "-m", default=None, help="Of this package or of RecBole, or module:Class of your own.  [SLIFMR]"
+    ),
     click.option("--dataset", "-d", default=None, help="Folder under data_path: toy, ml-100k or your own.  [ml-100k]"),
     click.option("--config_files", "--config-files", default=None, help="YAML files of settings, separated by spaces."),
     click.option("--resume", default=None, help="Checkpoint to go on from."),

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 @click.command(name="tune", context_settings=FREE_SETTINGS)
 @with_options(
-    click.option("--model", "-m", default="SLIFMR", show_default=True, help="A model of this package or of RecBole."),
+    click.option("--model", "-m", default="SLIFMR", show_default=True,
+                 help="Of this package or of RecBole, or module:Class of your own."),
     click.option("--dataset", "-d", required=True, help="Folder under data_path."),
     click.option("--space", default=None, help="YAML or RecBole's .hyper file.  [properties/tune/MODEL.yaml]"),
     click.option("--trials", default=50, show_default=True, help="Points of the space to try."),

@@ -415,7 +415,7 @@ def checkpoint_saving() -> bool:
 def _checkpoint_state(self: Any, epoch: int) -> dict[str, Any]:
     """Return what the checkpoint of an epoch holds; ``data_record`` is what says which data it was trained on."""
     return {
-        "config": _of_one_process(self.config),
+        "config": _as_stored(self.config),
         "epoch": epoch,
         "cur_step": self.cur_step,
         "best_valid_score": self.best_valid_score,
@@ -426,14 +426,18 @@ def _checkpoint_state(self: Any, epoch: int) -> dict[str, Any]:
     }
 
 
-def _of_one_process(config: Any) -> Any:
-    """Return settings with which a single process can go on from what several have saved."""
-    if config["single_spec"]:
-        return config
-    single = copy.copy(config)
-    own = {"single_spec": True, "local_rank": 0, "device": torch.device(config["device"].type)}
-    single.final_config_dict = {**config.final_config_dict, **own}
-    return single
+def _as_stored(config: Any) -> Any:
+    """Return settings with which a single process can go on from what several have saved.
+
+    The class of a model of the user's own is left out: a file that names it could be read by its writer alone.
+    """
+    stored = copy.copy(config)
+    if config["own_model"]:
+        del stored.model_class
+    if not config["single_spec"]:
+        single = {"single_spec": True, "local_rank": 0, "device": torch.device(config["device"].type)}
+        stored.final_config_dict = {**config.final_config_dict, **single}
+    return stored
 
 
 @contextlib.contextmanager
@@ -465,7 +469,7 @@ def _save_pretrained_model(self: Any, epoch: int, saved_model_file: Any) -> None
     """Save the state after an epoch of pretraining, as RecBole does."""
     path = os.fspath(saved_model_file)
     state = {
-        "config": self.config,
+        "config": _as_stored(self.config),
         "epoch": epoch,
         "state_dict": self.model.state_dict(),
         "optimizer": self.optimizer.state_dict(),

@@ -31,6 +31,7 @@ from recbole.utils import get_model
 from recbole_slifmr.data.dataset import AUTO, SETTINGS, SLIFMRDataset
 from recbole_slifmr.data.noise import read_noise
 from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
+from recbole_slifmr.host import own
 from recbole_slifmr.model import MODELS
 from recbole_slifmr.model.settings import ModelSettings, check
 from recbole_slifmr.paths import PROPERTIES, find_data_path
@@ -44,9 +45,13 @@ _COMMAND_SETTINGS = ("model", "dataset", "config_files", "nproc", "ip", "port", 
 
 
 def model_names() -> list[str]:
-    """Return the names of this package's models and of RecBole's general and knowledge-aware ones."""
+    """Return the names of this package's models, of RecBole's general and knowledge-aware ones, and of the user's own.
+
+    The user's own are those that this process has been told of and that read the same data.
+    """
     return [
         *MODELS,
+        *(name for name in own.used() if own.reads_same_data(name)),
         *(
             name
             for package in (recbole.model.general_recommender, recbole.model.knowledge_aware_recommender)
@@ -64,11 +69,21 @@ def make_config(
 ) -> Config:
     """Build RecBole's configuration from the arguments alone: ``sys.argv`` is not looked at.
 
+    Args:
+        model: name of a model of this package or of RecBole, or ``package.module:Class`` of one of the user's own,
+            which ``own_model`` of the configuration keeps; its ``model`` is the name of the class.
+        dataset: name of the data set's folder under ``data_path``.
+        config_files: YAML files of settings, the later ones win.
+        settings: settings that win over the files.
+
     Raises:
         SettingError: for an unknown model, a missing file or a setting that RecBole refuses.
     """
     for file in config_files:
         read_settings(file)
+    named = {"own_model": model} if ":" in model else {}
+    if named:
+        model = own.use(model)
     try:
         get_model(model)
     except (ValueError, AttributeError, ImportError) as error:
@@ -79,9 +94,11 @@ def make_config(
     argv, sys.argv = sys.argv, sys.argv[:1]
     try:
         with bad_input(SettingError):
-            return Config(model, dataset, [str(file) for file in config_files] or None, dict(settings or {}))
+            config = Config(model, dataset, [str(file) for file in config_files] or None, dict(settings or {}))
     finally:
         sys.argv = argv
+    config.final_config_dict.update(named)
+    return config
 
 
 def read_settings(file: str | Path) -> dict[str, Any]:
@@ -198,7 +215,10 @@ def wrap_config() -> None:
 def _own_yaml(just_read: str, model: str, dataset: str) -> Iterable[Path]:
     """Return this package's YAML files that belong after the one of RecBole's just read."""
     if just_read == "overall.yaml":
-        paths = [PROPERTIES / "overall.yaml", PROPERTIES / "model" / f"{model}.yaml"]
+        paths = [
+            PROPERTIES / "overall.yaml",
+            own.settings_of(model) or PROPERTIES / "model" / f"{model}.yaml",
+        ]
     elif just_read == "sample.yaml":
         paths = [PROPERTIES / "dataset" / f"{dataset}.yaml"]
     else:

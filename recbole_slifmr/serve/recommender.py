@@ -39,7 +39,7 @@ class Recommender:
     Nothing is printed and no file stays: what training writes goes with the object, unless it is saved.
 
     Args:
-        model: name of a model of this package or of RecBole.
+        model: name of a model of this package or of RecBole, or ``package.module:Class`` of one of your own.
         settings: of RecBole and the model, as on the command line: ``epochs=50``, ``show_progress=True``.
 
     Attributes:
@@ -253,16 +253,21 @@ class Recommender:
             raise SettingError(f"{path} cannot be written: {error.strerror or error}") from error
 
     @classmethod
-    def load(cls, path: str | Path) -> Recommender:
+    def load(cls, path: str | Path, model: str | None = None) -> Recommender:
         """Return a recommender that was saved; nothing in the files is run.
 
+        Args:
+            path: the folder.
+            model: ``package.module:Class`` of a model of your own, which is imported: the files do not choose that.
+
         Raises:
-            SettingError: if the folder is none, or a file in it is damaged.
+            SettingError: if the folder is none, a file in it is damaged, or it is of a model of your own and that is
+                not named.
             DataError: if its data are not those that the model was trained on.
         """
         try:
             about = json.loads((Path(path) / ABOUT).read_text(encoding="utf-8"))
-            model, settings, name = about.pop("model"), dict(about.pop("settings")), about["dataset"]
+            saved, settings, name = str(about.pop("model")), dict(about.pop("settings")), about["dataset"]
             kinds = {"columns": dict, "test": dict, "numbers": list}
             if (
                 not name
@@ -273,10 +278,11 @@ class Recommender:
                 raise ValueError("it does not say what it should")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SettingError(f"{path} is no saved recommender: {ABOUT} in it cannot be read ({error})") from error
-        recommender = cls(model, **settings)
         checkpoint = Path(path) / CHECKPOINT
         with _quiet():
-            recommender._adopt(load_trained(checkpoint, Path(path) / DATA, name), checkpoint, about)
+            trained = load_trained(checkpoint, Path(path) / DATA, name, model)
+        recommender = cls(model or (trained.config["model"] if ":" in saved else saved), **settings)
+        recommender._adopt(trained, checkpoint, about)
         return recommender
 
     def _as_given(self, tables: list[pd.DataFrame]) -> pd.DataFrame:

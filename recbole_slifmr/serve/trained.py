@@ -21,6 +21,7 @@ from torch import Tensor
 
 from recbole_slifmr.data.history import History
 from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.host import own
 from recbole_slifmr.host.settings import bad_input, model_names
 from recbole_slifmr.model.slifmr import SLIFMR
 from recbole_slifmr.nn.linear_branch import LinearBranch
@@ -151,21 +152,30 @@ class Trained:
         yield users, items
 
 
-def load_trained(checkpoint: str | Path, data_path: str | Path | None = None, dataset: str | None = None) -> Trained:
+def load_trained(
+    checkpoint: str | Path,
+    data_path: str | Path | None = None,
+    dataset: str | None = None,
+    model: str | None = None,
+) -> Trained:
     """Build a trained model and its data from a checkpoint; no setting in it is evaluated.
 
     Args:
-        checkpoint: of a model of this package, or of RecBole's general or knowledge-aware ones.
+        checkpoint: of a model of this package, of RecBole's general or knowledge-aware ones, or of one of your own.
         data_path: the folder that holds the data set's folder, if it is not where it was.
         dataset: the data set's name, if it is not what it was.
+        model: ``package.module:Class`` of a model of your own, which is imported; what the checkpoint says of it is
+            not, unless this process was given that name before.
 
     Raises:
-        SettingError: if the file is no such checkpoint or the model cannot rank all items.
+        SettingError: if the file is no such checkpoint, the model cannot rank all items, or it is one of your own and
+            is not named.
         DataError: if the data cannot be used or are not those that the model was trained on.
     """
     state = read_checkpoint(checkpoint)
     settings = state["config"].final_config_dict
     name = settings["model"]
+    _check_own(checkpoint, settings, model)
     if name not in model_names():
         raise SettingError(
             f"{checkpoint} is of '{name}', no model of this package nor a general or knowledge-aware one of RecBole"
@@ -173,7 +183,7 @@ def load_trained(checkpoint: str | Path, data_path: str | Path | None = None, da
     if get_model(name).full_sort_predict is AbstractRecommender.full_sort_predict:
         raise SettingError(f"{name} has no full_sort_predict: it scores single pairs and ranks no users' items")
     with bad_input(SettingError):
-        config = _own_settings(state["config"], _data_folder(settings, data_path, dataset))
+        config = _settings_here(state["config"], _data_folder(settings, data_path, dataset))
         set_threads(config)
     with bad_input(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="recbole")  # of pandas, on every column
@@ -188,6 +198,21 @@ def load_trained(checkpoint: str | Path, data_path: str | Path | None = None, da
     return Trained(config, model, train, History.of(users, items, train.user_num, train.item_num))
 
 
+def _check_own(checkpoint: str | Path, settings: dict[str, Any], model: str | None) -> None:
+    """Import the model that the user names; refuse a checkpoint of another, or of an own model that nobody names."""
+    name, stored = settings["model"], settings.get("own_model")
+    if model is not None:
+        if own.name_of(model) != name:
+            raise SettingError(f"{checkpoint} is of '{name}', not of '{model}'")
+        if ":" in model:
+            own.use(model)
+    elif isinstance(stored, str) and own.NAME.fullmatch(stored) and own.used().get(name) != stored:
+        raise SettingError(
+            f"{checkpoint} is of {stored}, a model of somebody's own, and no file chooses what is imported: if you "
+            f"know that model, name it with --model={stored}, in Python model='{stored}'"
+        )
+
+
 def _data_folder(settings: dict[str, Any], data_path: str | Path | None, dataset: str | None) -> Path:
     name = dataset or settings["dataset"]
     if data_path is not None:
@@ -197,17 +222,17 @@ def _data_folder(settings: dict[str, Any], data_path: str | Path | None, dataset
     return Path(find_data_path(name, str(Path(settings["data_path"]).parent))) / name
 
 
-def _own_settings(stored: Config, folder: Path) -> Config:
+def _settings_here(stored: Config, folder: Path) -> Config:
     """Copy the settings of a checkpoint, with the data and the device that are here."""
     config = copy.copy(stored)
     cuda = torch.cuda.is_available() and torch.device(stored["device"] or "cpu").type == "cuda"
-    own = {
+    here = {
         "data_path": str(folder),
         "dataset": folder.name,
         "device": torch.device("cuda" if cuda else "cpu"),
         "MODEL_TYPE": get_model(stored["model"]).type,
     }
-    vars(config)["final_config_dict"] = {**stored.final_config_dict, **own}
+    vars(config)["final_config_dict"] = {**stored.final_config_dict, **here}
     return config
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 
 from recbole_slifmr.errors import ReportError, SettingError, one_line
 from recbole_slifmr.files import replace_file, write_csv, write_json
+from recbole_slifmr.host.own import name_of
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.paths import PROPERTIES
 from recbole_slifmr.study import plots, statistics, tables
@@ -88,7 +89,8 @@ def benchmark(
 
     Args:
         dataset: name of the data set's folder under ``data_path``.
-        models: names; ``SLIFMR``, or else the first, is the reference of the tests of significance.
+        models: names, or ``package.module:Class`` of the user's own; ``SLIFMR``, or else the first, is the reference of
+            the tests of significance.
         jobs: runs at a time; more than one runs them as Ray tasks.
         address: of a running Ray cluster that sees the same files.
         options: ``out`` and the arguments of :func:`make_tasks`.
@@ -156,18 +158,24 @@ def make_plan(dataset: str, models: Sequence[str], out: str | Path = "benchmark"
 
     Args:
         dataset: name of the data set's folder under ``data_path``.
-        models: names; ``SLIFMR``, or else the first, is the reference of the tests of significance.
+        models: names, or ``package.module:Class`` of the user's own; ``SLIFMR``, or else the first, is the reference of
+            the tests of significance.
         out: folder of the outputs; finished runs found there are not run again.
         options: the other arguments of :func:`make_tasks`.
 
     Raises:
         SettingError: for anything that cannot be used.
     """
-    if len(set(models)) < len(models):
-        raise SettingError("a model is named twice")
+    refuse_twice(models)
     tasks, tuned = make_tasks(dataset, [Variant(model) for model in models], Path(out), **options)
-    reference = "SLIFMR" if "SLIFMR" in models else models[0]
+    reference = "SLIFMR" if "SLIFMR" in models else name_of(models[0])
     return Benchmark(tasks, Path(out), reference, tuned, tasks[0].test_mask)
+
+
+def refuse_twice(models: Sequence[str]) -> None:
+    """Refuse two models that the tables would call the same."""
+    if len({name_of(str(model)) for model in models}) < len(models):
+        raise SettingError("a model is named twice")
 
 
 def make_tasks(
@@ -273,7 +281,8 @@ def _params_file(params: str | Path | None, model: str) -> Path | None:
         return None
     if not Path(params).is_dir():
         raise SettingError(f"params: there is no folder {params}")
-    candidates = (Path(params) / f"{model}.yaml", Path(params) / model / "best.yaml")
+    name = name_of(model)
+    candidates = (Path(params) / f"{name}.yaml", Path(params) / name / "best.yaml")
     return next((path.resolve() for path in candidates if path.is_file()), None)
 
 
@@ -320,7 +329,7 @@ def _failures(plan: Benchmark, states: Mapping[str, str]) -> list[str]:
 def origin_of_settings(plan: Benchmark) -> str:
     """Say for each model whether it has its defaults, and how many runs its settings come from."""
     models = dict.fromkeys(task.model for task in plan.tasks)
-    return f"Settings: {', '.join(f'{model} ({_origin(plan, model)})' for model in models)}."
+    return f"Settings: {', '.join(f'{name_of(model)} ({_origin(plan, model)})' for model in models)}."
 
 
 def _origin(plan: Benchmark, model: str) -> str:

@@ -22,6 +22,7 @@ from recbole.config import Config
 
 from recbole_slifmr.data.dataset import feature_folder_of
 from recbole_slifmr.data.noise import reads
+from recbole_slifmr.host.own import sources_of
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.paths import PROPERTIES
 
@@ -103,8 +104,11 @@ def _named_files(config: Config) -> list[Path]:
 
 
 def _foreign_code(config: Config) -> list[Path]:
-    """Return the source files of the model and of the callbacks as far as they are outside this package."""
-    files = [inspect.getsourcefile(config.model_class)]
+    """Return the source files of the model and of the callbacks as far as they are outside this package.
+
+    Of a model of the user's own, what :func:`~recbole_slifmr.host.own.sources_of` says.
+    """
+    files = [inspect.getsourcefile(config.model_class), *map(str, sources_of(config["model"]))]
     for callback in config["callbacks"] or []:
         try:
             spec = importlib.util.find_spec(str(callback).partition(":")[0])

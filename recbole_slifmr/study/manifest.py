@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import shlex
 import subprocess
@@ -14,8 +13,7 @@ from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.paths import IN_CHECKOUT
 from recbole_slifmr.study.identity import code_hash
 from recbole_slifmr.study.runs import Checked
-
-PACKAGES = ("recbole-slifmr", "recbole", "torch", "numpy", "scipy", "pandas", "ray")
+from recbole_slifmr.training.follow import versions
 
 
 def manifest(plan: Any, checked: Checked) -> dict[str, Any]:
@@ -42,7 +40,7 @@ def manifest(plan: Any, checked: Checked) -> dict[str, Any]:
         "seeds": sorted({task.seed for task in plan.tasks}),
         "split_seed": plan.tasks[0].split_seed,
         "threads": plan.tasks[0].threads,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
         "git_commit": _commit(),
         "code": code_hash(),
         "hardware": {
@@ -54,13 +52,6 @@ def manifest(plan: Any, checked: Checked) -> dict[str, Any]:
         },
         "settings": settings,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

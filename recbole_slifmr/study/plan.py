@@ -11,9 +11,10 @@ from typing import Any
 
 from recbole_slifmr.data.noise import KINDS, reads
 from recbole_slifmr.errors import SettingError
+from recbole_slifmr.host.own import name_of
 from recbole_slifmr.host.settings import make_config, read_settings
 from recbole_slifmr.paths import PROPERTIES
-from recbole_slifmr.study.benchmark import Benchmark, Variant, make_tasks
+from recbole_slifmr.study.benchmark import Benchmark, Variant, make_tasks, refuse_twice
 from recbole_slifmr.training.experiment import load_data
 
 STUDIES = PROPERTIES / "study"
@@ -80,8 +81,7 @@ def read_study(name: str, changes: Mapping[str, Any] | None = None) -> dict[str,
             raise SettingError(f"{file}: a study of kind '{kind}' needs the entry '{entry}'")
     if not isinstance(definition["models"], list) or not definition["models"]:
         raise SettingError(f"{file}: models must be a list of names, not {definition['models']!r}")
-    if len(set(definition["models"])) < len(definition["models"]):
-        raise SettingError("a model is named twice")
+    refuse_twice(definition["models"])
     return definition
 
 
@@ -112,7 +112,7 @@ def make_study(
     stem = Path(name).stem
     context = _Context(dataset, tuple(config_files), dict(settings or {}))
     variants = list(EXPANSIONS[definition["kind"]](definition, context))
-    titles = [variant.label or variant.model for variant in variants]
+    titles = [variant.label or name_of(variant.model) for variant in variants]
     for title in titles:
         if titles.count(title) > 1:
             raise SettingError(f"study '{name}' has two variants '{title}'")
@@ -155,7 +155,7 @@ def _variants(definition: Mapping[str, Any], context: _Context) -> Iterator[Vari
         needed = _needs(settings)
         if ("kg" in needed and not has_kg) or ("feature" in needed and not modalities):
             continue
-        prefix = f"{model}, " if len(definition["models"]) > 1 else ""
+        prefix = f"{name_of(model)}, " if len(definition["models"]) > 1 else ""
         if "{modality}" not in label:
             yield Variant(model, settings, prefix + label)
             continue
@@ -190,7 +190,12 @@ def _robustness(definition: Mapping[str, Any], context: _Context) -> Iterator[Va
     for model, kind, level in itertools.product(definition["models"], kinds, sorted(levels)):
         seen = kind.partition("_")[0] in reads(context.config(model))
         settings = {"noise": {kind: level}} if level and seen else {}
-        yield Variant(model, settings, f"{model} {kind}={level:g}", {"model": model, "noise": kind, "level": level})
+        yield Variant(
+            model,
+            settings,
+            f"{name_of(model)} {kind}={level:g}",
+            {"model": name_of(model), "noise": kind, "level": level},
+        )
 
 
 def _interval(definition: Mapping[str, Any], context: _Context) -> Iterator[Variant]:
@@ -199,8 +204,10 @@ def _interval(definition: Mapping[str, Any], context: _Context) -> Iterator[Vari
         settings = {"self_loop": False} if off else {"self_loop": True, "refresh_interval": interval}
         names = {1: "every epoch", "off": "never", False: "never", "adaptive": "adaptive"}
         label = names.get(interval, f"every {interval} epochs")
-        prefix = f"{model}, " if len(definition["models"]) > 1 else ""
-        yield Variant(model, settings, prefix + label, {"model": model, "interval": "off" if off else interval})
+        prefix = f"{name_of(model)}, " if len(definition["models"]) > 1 else ""
+        yield Variant(
+            model, settings, prefix + label, {"model": name_of(model), "interval": "off" if off else interval}
+        )
 
 
 def _sensitivity(definition: Mapping[str, Any], context: _Context) -> Iterator[Variant]:
@@ -210,15 +217,15 @@ def _sensitivity(definition: Mapping[str, Any], context: _Context) -> Iterator[V
         config = context.config(model)
         if setting not in config:
             raise SettingError(f"vary: {model} has no setting '{setting}'")
-        prefix = f"{model} " if len(definition["models"]) > 1 else ""
+        prefix = f"{name_of(model)} " if len(definition["models"]) > 1 else ""
         for value in values if isinstance(values, list) else [values]:
-            factors = {"model": model, "setting": setting, "value": value, "default": config[setting]}
+            factors = {"model": name_of(model), "setting": setting, "value": value, "default": config[setting]}
             yield Variant(model, {setting: value}, f"{prefix}{setting}={value}", factors)
 
 
 def _coldstart(definition: Mapping[str, Any], context: _Context) -> Iterator[Variant]:
     for model in definition["models"]:
-        yield Variant(model, {"cold_items": definition["cold_items"]}, "", {"model": model})
+        yield Variant(model, {"cold_items": definition["cold_items"]}, "", {"model": name_of(model)})
 
 
 EXPANSIONS = {

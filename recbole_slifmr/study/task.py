@@ -19,6 +19,7 @@ import yaml
 from recbole_slifmr.data.dataset import SETTINGS
 from recbole_slifmr.errors import DataError, one_line
 from recbole_slifmr.files import replace_file, to_json, write_json
+from recbole_slifmr.host.own import name_of
 from recbole_slifmr.study.identity import input_hashes
 from recbole_slifmr.training.memory import peak_memory_mb
 from recbole_slifmr.training.shared import SharedData
@@ -29,7 +30,7 @@ class Task:
     """One run of a study.
 
     Attributes:
-        model: name of the model.
+        model: name of the model, or ``package.module:Class`` of one of the user's own.
         seed: of the training.
         dataset: name of the data set.
         folder: where the run keeps its files.
@@ -38,7 +39,7 @@ class Task:
         split_seed: of a random split, the same for all runs.
         test_mask: see :func:`~recbole_slifmr.training.experiment.run`.
         threads: of the CPU; fixed, because sums in another order differ in the last digit.
-        label: what the tables call it; the model if empty. The result does not depend on it.
+        label: what the tables call it; the model or its class if empty. The result does not depend on it.
     """
 
     model: str
@@ -55,7 +56,7 @@ class Task:
     @property
     def title(self) -> str:
         """What the tables call it."""
-        return self.label or self.model
+        return self.label or name_of(self.model)
 
     @property
     def name(self) -> str:

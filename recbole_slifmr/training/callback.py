@@ -6,10 +6,7 @@ the trainer's own first, then those that the setting ``callbacks`` names as ``pa
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
 from logging import getLogger
 from time import perf_counter
 from typing import Any
@@ -17,6 +14,7 @@ from typing import Any
 from recbole.trainer import Trainer
 
 from recbole_slifmr.errors import SettingError
+from recbole_slifmr.host.own import import_here
 from recbole_slifmr.training.distributed import from_first, rank_and_count
 
 
@@ -45,6 +43,9 @@ class Callback:
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Run once after the last epoch."""
+
+    def on_run_end(self, trainer: Trainer, result: Any) -> None:
+        """Run once when the best epoch is scored on test; ``result`` is that of the run, not of a search's trial."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on as if it had not stopped; numbers and strings."""
@@ -238,16 +239,6 @@ class SelfLoopCallback(_StatefulCallback):
         self._restored = True
 
 
-def _import(name: str) -> Any:
-    """Import a module, from the working directory if it is nowhere else, which the ``slifmr`` script does not search.
-
-    Processes that this one starts search where it does.
-    """
-    if (folder := os.getcwd()) not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module(name)
-
-
 def load_callback(path: str) -> Callback:
     """Make a callback from ``package.module:ClassName``; it is called without arguments.
 
@@ -256,10 +247,11 @@ def load_callback(path: str) -> Callback:
     """
     module_name, _, class_name = path.partition(":")
     try:
-        callback = getattr(_import(module_name), class_name)()
+        callback = getattr(import_here(module_name), class_name)()
     except (ImportError, AttributeError, ValueError) as error:
         raise SettingError(f"callbacks: '{path}' cannot be loaded as package.module:ClassName: {error}") from error
     hooks = [name for name, hook in vars(Callback).items() if callable(hook) and not name.startswith("_")]
+    hooks.remove("on_run_end")  # a class may do without the one that is younger than the others
     missing = [hook for hook in hooks if not hasattr(callback, hook)]
     if missing:
         raise SettingError(

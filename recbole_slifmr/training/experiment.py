@@ -28,6 +28,7 @@ from recbole_slifmr.training.checkpoint import check_data, check_optimizer, data
 from recbole_slifmr.training.distributed import launch, stay_on_this_machine
 from recbole_slifmr.training.evaluation import evaluate, mask_training_items_only
 from recbole_slifmr.training.fingerprint import fingerprint, input_fingerprints
+from recbole_slifmr.training.follow import tell_end
 from recbole_slifmr.training.ranking import with_ranking
 from recbole_slifmr.training.shared import Splits
 from recbole_slifmr.training.trainer import make_callbacks
@@ -116,7 +117,7 @@ def run(
     """Train a model, choose the epoch on the validation split, score that epoch once on the test split.
 
     Args:
-        model: name of a model of this package or of RecBole.
+        model: name of a model of this package or of RecBole, or ``package.module:Class`` of one of your own.
         dataset: name of the data set's folder under ``data_path``.
         config_files: YAML files of settings, the later ones win.
         settings: settings that win over the files.
@@ -185,8 +186,8 @@ def run(
         test_result, per_user = evaluate(trainer, prepared.test_data, prepared.train_data)
     else:
         test_result = trainer.evaluate(prepared.test_data, show_progress=show_progress)
-    return Result(
-        model=model,
+    result = Result(
+        model=config["model"],
         dataset=config["dataset"],
         seed=config["seed"],
         valid=dict(best_result or {}),
@@ -205,6 +206,8 @@ def run(
         validation_seconds=getattr(trainer, "validation_seconds", 0.0),
         per_user=per_user,
     )
+    tell_end(trainer, result)
+    return result
 
 
 def prepare(config: Config, split_seed: int | None = None, splits: Splits | None = None) -> Prepared:
@@ -420,7 +423,7 @@ def run_distributed(
     Each process takes a GPU, over NCCL; where there are fewer GPUs than processes all are on the CPU, over Gloo.
 
     Args:
-        model: name of a model of this package or of RecBole.
+        model: name of a model of this package or of RecBole, or ``package.module:Class`` of one of your own.
         dataset: name of the data set's folder under ``data_path``.
         config_files: YAML files of settings, the later ones win.
         settings: settings that win over the files. ``train_batch_size`` is that of all processes together.
