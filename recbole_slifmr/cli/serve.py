@@ -1,0 +1,100 @@
+"""``slifmr serve``: a page on which to look at what a trained model recommends."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import os
+import socket
+from pathlib import Path
+
+import click
+
+from recbole_slifmr.cli.options import split_names, with_options
+from recbole_slifmr.cli.recommend import TRAINED_OPTIONS
+from recbole_slifmr.errors import SettingError
+
+LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@with_options(
+    *TRAINED_OPTIONS,
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on: this machine alone."),
+    click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free."),
+    click.option("--show", default=None, help="Columns of the .item file, the title first.  [its title]"),
+    click.option("--images", default=None, type=click.Path(path_type=Path), help="Folder of files such as ITEM.jpg."),
+    click.option("--image_field", "--image-field", default=None, help="Column of https addresses of images instead."),
+    click.option("--explain/--no_explain", "--explain/--no-explain", "explain", default=True,
+                 help="Be ready to say why.  [explain]"),
+    click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(min=0.001),
+                 help="Seconds after which a question is given up."),
+)  # fmt: skip
+def serve(
+    checkpoint: Path,
+    data_path: str | None,
+    dataset: str | None,
+    host: str,
+    port: int,
+    show: str | None,
+    images: Path | None,
+    image_field: str | None,
+    explain: bool,
+    timeout: float,
+) -> None:
+    """Look at a model in a browser: slifmr serve --checkpoint=saved/SLIFMR-....pth (extra 'serve').
+
+    Users, their items, what they are recommended and why, similar items; the same as JSON under /api. Nothing is
+    written. Anybody who reaches the address can read all of it: there is no log-in.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")):
+        raise SettingError(
+            "slifmr serve needs FastAPI and uvicorn: pip install fastapi uvicorn, or this package with its extra 'serve'"
+        )
+    if images is not None and image_field is not None:
+        raise SettingError("images come from a folder, --images, or from addresses, --image_field: leave one out")
+    with _bind(host, port) as listener:
+        from recbole_slifmr.serve.lookup import Lookup, find_images, image_address, read_image_urls
+        from recbole_slifmr.serve.names import find_title, read_item_columns
+        from recbole_slifmr.serve.trained import load_trained
+        from recbole_slifmr.serve.web import make_app, run_app
+
+        files = find_images(images) if images is not None else {}
+        trained = load_trained(checkpoint, data_path, dataset)
+        columns = read_item_columns(trained.config, find_title(trained.config) if show is None else split_names(show))
+        addresses = {token: image_address(token) for token in files}
+        if image_field is not None:
+            addresses = read_image_urls(trained.config, image_field)
+        lookup = Lookup(trained, columns, addresses, explain)
+        app = make_app(lookup, files, _names(host), timeout)
+        listener.listen()
+        about, (_, port, *_) = lookup.about(), listener.getsockname()
+        shown = f"[{host}]" if ":" in host else host
+        click.echo(f"{about.model} on {about.dataset}: http://{shown}:{port} (Ctrl+C stops)")
+        run_app(app, listener)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the address before anything is loaded.
+
+    Raises:
+        SettingError: if it cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        if os.name == "posix":  # elsewhere it would take a port from another program
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise SettingError(f"{host}:{port} cannot be listened on: {error.strerror or error}; try --port=0") from error
+    return listener
+
+
+def _names(host: str) -> list[str]:
+    """Return the names by which a server on this address may be called: any, if others reach it."""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    return [*LOOPBACK, host] if local else ["*"]
