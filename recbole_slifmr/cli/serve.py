@@ -31,17 +31,9 @@ LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
                  help="Seconds after which a question is given up."),
 )  # fmt: skip
 def serve(
-    checkpoint: Path,
-    data_path: str | None,
-    dataset: str | None,
-    host: str,
-    port: int,
-    show: str | None,
-    images: Path | None,
-    image_field: str | None,
-    explain: bool,
-    timeout: float,
-) -> None:
+    checkpoint: Path, data_path: str | None, dataset: str | None, host: str, port: int, show: str | None,
+    images: Path | None, image_field: str | None, explain: bool, timeout: float,
+) -> None:  # fmt: skip
     """Look at a model in a browser: slifmr serve --checkpoint=saved/SLIFMR-....pth (extra 'serve').
 
     Users, their items, what they are recommended and why, similar items; the same as JSON under /api. Nothing is
@@ -49,7 +41,7 @@ def serve(
     """
     if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")):
         raise SettingError(
-            "slifmr serve needs FastAPI and uvicorn: pip install fastapi uvicorn, or this package with its extra 'serve'"
+            "slifmr serve needs FastAPI and uvicorn: pip install fastapi uvicorn, or the package with its extra 'serve'"
         )
     if images is not None and image_field is not None:
         raise SettingError("images come from a folder, --images, or from addresses, --image_field: leave one out")
@@ -61,21 +53,20 @@ def serve(
 
         files = find_images(images) if images is not None else {}
         trained = load_trained(checkpoint, data_path, dataset)
-        columns = read_item_columns(trained.config, find_title(trained.config) if show is None else split_names(show))
+        config = trained.config
+        columns = read_item_columns(config, find_title(config) if show is None else split_names(show))
         addresses = {token: image_address(token) for token in files}
         if image_field is not None:
-            addresses = read_image_urls(trained.config, image_field)
-        lookup = Lookup(trained, columns, addresses, explain)
-        app = make_app(lookup, files, _names(host), timeout)
+            addresses = read_image_urls(config, image_field)
+        app = make_app(Lookup(trained, columns, addresses, explain), files, _names(host), timeout)
         listener.listen()
-        about, (_, port, *_) = lookup.about(), listener.getsockname()
-        shown = f"[{host}]" if ":" in host else host
-        click.echo(f"{about.model} on {about.dataset}: http://{shown}:{port} (Ctrl+C stops)")
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        click.echo(f"{config['model']} on {config['dataset']}: {address} (Ctrl+C stops)")
         run_app(app, listener)
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Take the address before anything is loaded.
+    """Take the address, before anything is loaded.
 
     Raises:
         SettingError: if it cannot be had.
@@ -92,7 +83,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _names(host: str) -> list[str]:
-    """Return the names by which a server on this address may be called: any, if others reach it."""
+    """Return the names by which a server on this address may be called: any if others reach it."""
     try:
         local = ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -7,11 +7,11 @@ and so is the logarithm of one plus an item's training interactions: ``(1 - w) z
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class UnknownError(LookupError):
 
 @dataclass(frozen=True)
 class Item:
-    """An item: its id, what it is called, what else is known of it, and the users it has in the training split."""
+    """An item: its id, what it is called, what else is known of it, and its users in the training split."""
 
     item: str
     title: str
@@ -47,28 +47,27 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Recommended(Item):
-    """A recommended item: rank from 1, the model's score, and why if that was asked for and the model can say it."""
+class Ranked(Item):
+    """An item in a ranking: rank from 1; the model's score, or the cosine with the item asked for; why it is here."""
 
     rank: int
     score: float
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class Similar(Item):
-    """A similar item: rank from 1, and the cosine of the two representations."""
-
-    rank: int
-    cosine: float
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
 class User:
-    """A user: the id, and the items of the training, validation and test split together."""
+    """A user: the id, and the number of items in the training, validation and test split together."""
 
     user: str
     items: int
+
+
+@dataclass(frozen=True)
+class UserHistory(User):
+    """A user with some of these items, the most popular first."""
+
+    history: list[Item]
 
 
 @dataclass(frozen=True)
@@ -77,18 +76,6 @@ class Found:
 
     users: list[User]
     items: list[Item]
-
-
-@dataclass(frozen=True)
-class About:
-    """What is served: model, data set, their sizes, and what the model can do."""
-
-    model: str
-    dataset: str
-    users: int
-    items: int
-    explains: bool
-    compares: bool
 
 
 class Lookup:
@@ -119,29 +106,22 @@ class Lookup:
         items = dataset.inter_feat[dataset.iid_field].cpu().numpy()
         self.n_users_of = np.bincount(items, minlength=trained.n_items)[: trained.n_items]
         self.popularity = _standardise(torch.from_numpy(np.log1p(self.n_users_of[1:])).float())
-        self.unit = self._unit()
-        self.explainer = self._explainer() if explain else None
+        self.unit = self._or_none(lambda trained: F.normalize(trained.item_vectors().detach(), dim=1))
+        self.explainer = self._or_none(make_explainer) if explain else None
         self.recommend(str(trained.user_tokens[1]), 1)  # models keep their representations from the first time on
 
-    def _unit(self) -> Tensor | None:
+    def _or_none(self, make: Callable[[Trained], Any]) -> Any:
         try:
-            return F.normalize(self.trained.item_vectors().detach(), dim=1)
-        except SettingError:
+            return make(self.trained)
+        except SettingError:  # the model has no such thing
             return None
 
-    def _explainer(self) -> Any:
-        try:
-            return make_explainer(self.trained)
-        except SettingError:
-            return None
-
-    def about(self) -> About:
-        """Say what is served."""
-        config, trained = self.trained.config, self.trained
-        return About(
-            config["model"], config["dataset"], trained.n_users - 1, trained.n_items - 1,
-            explains=self.explainer is not None, compares=self.unit is not None,
-        )  # fmt: skip
+    def about(self) -> dict[str, Any]:
+        """Return model, data set, the numbers of users and items, and whether there are reasons and similar items."""
+        trained = self.trained
+        names = {name: trained.config[name] for name in ("model", "dataset")}
+        able = {"explains": self.explainer is not None, "compares": self.unit is not None}
+        return {**names, "users": trained.n_users - 1, "items": trained.n_items - 1, **able}
 
     def search(self, text: str, limit: int) -> Found:
         """Find users by id and items by id or title: whole ids and first words first, then by popularity.
@@ -149,28 +129,23 @@ class Lookup:
         All words must occur; without any, the users with most items and the most popular items are found.
         """
         words = text.casefold().split()[:MAX_WORDS]
-        users, items = (
-            _find(self.user_names, words, self.n_items_of, limit),
-            _find(self.item_names, words, self.n_users_of, limit),
-        )
-        return Found([self._user(user) for user in users], [Item(**self._item(item)) for item in items])
+        users = _find(self.user_names, words, self.n_items_of, limit)
+        items = _find(self.item_names, words, self.n_users_of, limit)
+        return Found([User(*self._user(user)) for user in users], [Item(**self._item(item)) for item in items])
 
-    def user(self, token: str) -> User:
-        """Return a user."""
-        return self._user(self._id(token, self.trained.dataset.uid_field, "user"))
+    def user(self, token: str, limit: int, offset: int = 0) -> UserHistory:
+        """Return a user with some items."""
+        user = self._id(token, self.trained.dataset.uid_field, "user")
+        seen = self.trained.seen.of_user(user)
+        seen = seen[np.argsort(-self.n_users_of[seen], kind="stable")][offset : offset + limit]
+        return UserHistory(*self._user(user), [Item(**self._item(item)) for item in seen.tolist()])
 
     def item(self, token: str) -> Item:
         """Return an item."""
         return Item(**self._item(self._id(token, self.trained.dataset.iid_field, "item")))
 
-    def history(self, token: str, limit: int, offset: int = 0) -> list[Item]:
-        """Return the items of a user in all splits, the most popular first."""
-        seen = self.trained.seen.of_user(self._id(token, self.trained.dataset.uid_field, "user"))
-        seen = seen[np.argsort(-self.n_users_of[seen], kind="stable")]
-        return [Item(**self._item(int(item))) for item in seen[offset : offset + limit]]
-
     @torch.no_grad()
-    def recommend(self, token: str, k: int, popularity: float = 0.0, explain: bool = False) -> list[Recommended]:
+    def recommend(self, token: str, k: int, popularity: float = 0.0, explain: bool = False) -> list[Ranked]:
         """Return the k best items that a user has not got.
 
         Args:
@@ -193,20 +168,20 @@ class Lookup:
         if explain and self.explainer is not None and len(items):
             links = self.explainer.links(Ranking(users, items[None], own[None]))[0]
             reasons = [sentence(link, self._title, REASON_WIDTH) for link in links]
-        return [
-            Recommended(**self._item(int(item)), rank=rank, score=_short(score), reason=reason)
-            for rank, (item, score, reason) in enumerate(zip(items, own, reasons, strict=True), start=1)
-        ]
+        return self._ranked(items, own, reasons)
 
-    def similar(self, token: str, k: int) -> list[Similar]:
+    def similar(self, token: str, k: int) -> list[Ranked]:
         """Return the k items nearest to an item by cosine."""
         item = self._id(token, self.trained.dataset.iid_field, "item")
         if self.unit is None:
             raise UnknownError(f"{self.trained.config['model']} has no representations of items to compare")
         items, cosines = nearest_items(self.unit, item, k)
+        return self._ranked(items, cosines, [None] * len(items))
+
+    def _ranked(self, items: np.ndarray, scores: np.ndarray, reasons: Sequence[str | None]) -> list[Ranked]:
         return [
-            Similar(**self._item(int(near)), rank=rank, cosine=_short(cosine))
-            for rank, (near, cosine) in enumerate(zip(items, cosines, strict=True), start=1)
+            Ranked(**self._item(item), rank=rank, score=float(str(score)), reason=reason)  # str: the few digits it has
+            for rank, (item, score, reason) in enumerate(zip(items.tolist(), scores, reasons, strict=True), start=1)
         ]
 
     def _id(self, token: str, field: str, kind: str) -> int:
@@ -215,8 +190,8 @@ class Lookup:
             raise UnknownError(f"there is no such {kind}")
         return int(found)
 
-    def _user(self, user: int) -> User:
-        return User(str(self.trained.user_tokens[user]), int(self.n_items_of[user]))
+    def _user(self, user: int) -> tuple[str, int]:
+        return str(self.trained.user_tokens[user]), int(self.n_items_of[user])
 
     def _item(self, item: int) -> dict[str, Any]:
         token = str(self.trained.item_tokens[item])
@@ -243,14 +218,8 @@ def _closeness(name: str, text: str) -> int:
 
 
 def _standardise(values: Tensor) -> Tensor:
-    return (values - values.mean(dim=-1, keepdim=True)) / values.std(dim=-1, correction=0, keepdim=True).clamp_min(
-        1e-12
-    )
-
-
-def _short(value: np.float32) -> float:
-    """Return a number in single precision with the few digits that it needs."""
-    return float(str(value))
+    deviation = values.std(dim=-1, correction=0, keepdim=True)
+    return (values - values.mean(dim=-1, keepdim=True)) / deviation.clamp_min(1e-12)
 
 
 def find_images(folder: Path) -> dict[str, Path]:
@@ -277,16 +246,8 @@ def read_image_urls(config: Any, field: str) -> dict[str, str]:
     Raises:
         DataError: if there is no such column, or no such address in it.
     """
-    values = read_item_columns(config, [field]).values[field]
-    urls = {str(token): str(value) for token, value in values.items() if is_https(str(value))}
+    values = read_item_columns(config, [field]).values[field].astype(str)
+    urls = values[values.str.match(r"https://[^/\s]+\S*$")].to_dict()
     if not urls:
         raise DataError(f"--image_field: no value of '{field}' is an address that begins with https://")
     return urls
-
-
-def is_https(text: str) -> bool:
-    """Say whether a text is a whole https address."""
-    try:
-        return urlsplit(text).scheme == "https" and bool(urlsplit(text).hostname)
-    except ValueError:
-        return False

@@ -1,8 +1,8 @@
 """The page and the JSON of ``slifmr serve``: FastAPI around :class:`~recbole_slifmr.serve.lookup.Lookup`.
 
-Nothing is written and nothing is run for a request but the model. Requests are bounded: a path and headers of at most
-16 KB, no body, every number and text with a limit, a number of connections, a number of seconds. Whatever a client
-sent is never sent back to it.
+Nothing is written, and nothing but the model is run for a request. Requests are bounded: headers of at most 16 KB, no
+body, every text and number with a limit, a number of connections, a number of seconds. Nothing that a client sent is
+sent back in an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import re
 import socket
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +30,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recbole_slifmr import __version__
-from recbole_slifmr.serve.lookup import (
-    IMAGE_TYPES,
-    About,
-    Found,
-    Item,
-    Lookup,
-    Recommended,
-    Similar,
-    UnknownError,
-    User,
-)
+from recbole_slifmr.serve.lookup import IMAGE_TYPES, Found, Item, Lookup, Ranked, UnknownError, UserHistory
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_K, MAX_TEXT, MAX_HEADERS, MAX_CONNECTIONS, WORKERS = 100, 200, 16_384, 64, 2
@@ -59,7 +49,7 @@ class Problem:
     error: str
 
 
-def _problem(status: int, text: str, **headers: str) -> JSONResponse:
+def _problem(status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"error": text}, status, headers)
 
 
@@ -95,11 +85,6 @@ class Traffic:
         self.counts = defaultdict[tuple[str, int], int](int)
         self.seconds = defaultdict[str, float](float)
 
-    def add(self, path: str, status: int, seconds: float) -> None:
-        """Count a request."""
-        self.counts[path, status] += 1
-        self.seconds[path] += seconds
-
     def text(self) -> str:
         """Return it, and the memory of the process, in the text format of Prometheus."""
         lines = ["# TYPE slifmr_requests_total counter"]
@@ -122,14 +107,12 @@ class Guard:
         traffic: where they are counted.
     """
 
-    def __init__(self, app: ASGIApp, headers: Mapping[str, str], paths: Sequence[str], traffic: Traffic) -> None:
+    def __init__(self, app: ASGIApp, headers: Mapping[str, str], paths: Iterable[str], traffic: Traffic) -> None:
         self.app, self.paths, self.traffic = app, set(paths), traffic
         self.headers = [(name.encode(), value.encode()) for name, value in headers.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
         path, start, status = scope["path"] if scope["path"] in self.paths else "other", perf_counter(), 500
 
         async def send_with_headers(message: Message) -> None:
@@ -140,13 +123,14 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], *own]}
             await send(message)
 
-        sent = dict(scope["headers"])
-        has_body = sent.get(b"content-length", b"0").strip() != b"0" or b"transfer-encoding" in sent
+        given = dict(scope["headers"])
+        has_body = given.get(b"content-length", b"0").strip() != b"0" or b"transfer-encoding" in given
+        app = _problem(413, "a request has no body here") if has_body else self.app
         try:
-            app = _problem(413, "a request has no body here") if has_body else self.app
             await app(scope, receive, send_with_headers)
         finally:
-            self.traffic.add(path, status, perf_counter() - start)
+            self.traffic.counts[path, status] += 1
+            self.traffic.seconds[path] += perf_counter() - start
 
 
 def make_app(
@@ -160,48 +144,43 @@ def make_app(
     Args:
         lookup: answers the questions.
         images: image files by item token.
-        hosts: names by which the server may be called; other ``Host`` headers are refused, so that no foreign page
-            reaches a server on this machine by a name of its own.
+        hosts: names by which the server may be called. Other ``Host`` headers are refused, so that a foreign page
+            cannot reach a server on this machine by giving a name of its own this machine's address.
         timeout: seconds after which a question is given up.
     """
-    app = FastAPI(
-        title="slifmr serve", version=__version__, docs_url=None, redoc_url=None,  # their scripts are on a network
-        responses={status: {"model": Problem} for status in (404, 422, 503)},
-    )  # fmt: skip
-    pool, page = ThreadPoolExecutor(WORKERS, "answer"), PAGE.read_text(encoding="utf-8")
-    traffic = Traffic()
+    pool, page, traffic = ThreadPoolExecutor(WORKERS, "answer"), PAGE.read_text(encoding="utf-8"), Traffic()
 
     async def answer(question: Callable[..., Any], *arguments: Any) -> Any:
         future = asyncio.get_running_loop().run_in_executor(pool, question, *arguments)
         return await asyncio.wait_for(future, timeout)
 
-    @app.exception_handler(UnknownError)
-    async def unknown(request: Request, error: Exception) -> Response:
-        return _problem(404, str(error))
-
-    @app.exception_handler(TimeoutError)
-    async def too_long(request: Request, error: Exception) -> Response:
-        return _problem(503, f"no answer within {timeout:g} s: try again", **{"retry-after": "5"})
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: Any) -> Response:
-        first = error.errors()[0]
-        return _problem(422, f"{first['loc'][-1]}: {first['msg']}")
-
-    @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: Any) -> Response:
-        return _problem(error.status_code, str(error.detail), **(error.headers or {}))
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
+    async def fail(request: Request, error: Any) -> Response:
+        if isinstance(error, UnknownError):
+            return _problem(404, str(error))
+        if isinstance(error, TimeoutError):
+            return _problem(503, f"no answer within {timeout:g} s: try again", {"retry-after": "5"})
+        if isinstance(error, RequestValidationError):
+            first = error.errors()[0]
+            return _problem(422, f"{first['loc'][-1]}: {first['msg']}")
+        if isinstance(error, HTTPException):
+            return _problem(error.status_code, error.detail, error.headers)
         return _problem(500, "the server failed; its terminal says why")
+
+    failures: tuple[type[Exception], ...] = (
+        UnknownError, TimeoutError, RequestValidationError, HTTPException, Exception
+    )  # fmt: skip
+    app = FastAPI(
+        title="slifmr serve", version=__version__, docs_url=None, redoc_url=None,  # their scripts are on a network
+        exception_handlers=dict.fromkeys(failures, fail),
+        responses={status: {"model": Problem} for status in (404, 422, 503)},
+    )  # fmt: skip
 
     @app.get("/", include_in_schema=False)
     async def show_page() -> Response:
         return Response(page, media_type="text/html")
 
     @app.get("/api/about")
-    async def about() -> About:
+    async def about() -> dict[str, Any]:
         """Say what is served."""
         return lookup.about()
 
@@ -211,27 +190,22 @@ def make_app(
         return await answer(lookup.search, q, limit)
 
     @app.get("/api/user")
-    async def user(user: Token) -> User:
-        """Return a user."""
-        return lookup.user(user)
+    async def user(user: Token, limit: Number = 20, offset: Offset = 0) -> UserHistory:
+        """Return a user with items of all splits, the most popular first."""
+        return await answer(lookup.user, user, limit, offset)
 
     @app.get("/api/item")
     async def item(item: Token) -> Item:
         """Return an item."""
         return lookup.item(item)
 
-    @app.get("/api/history")
-    async def history(user: Token, limit: Number = 20, offset: Offset = 0) -> list[Item]:
-        """Return the items of a user in all splits, the most popular first."""
-        return await answer(lookup.history, user, limit, offset)
-
     @app.get("/api/recommend")
-    async def recommend(user: Token, k: Number = 10, popularity: Share = 0, explain: bool = False) -> list[Recommended]:
+    async def recommend(user: Token, k: Number = 10, popularity: Share = 0, explain: bool = False) -> list[Ranked]:
         """Return the best items that a user has not got: by the model's score, or mixed with popularity."""
         return await answer(lookup.recommend, user, k, popularity, explain)
 
     @app.get("/api/similar")
-    async def similar(item: Token, k: Number = 10) -> list[Similar]:
+    async def similar(item: Token, k: Number = 10) -> list[Ranked]:
         """Return the items nearest to an item by cosine."""
         return await answer(lookup.similar, item, k)
 
@@ -250,10 +224,10 @@ def make_app(
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Return counts and seconds of requests and the memory in the text format of Prometheus."""
+        """Return counts and seconds of requests and the memory, in the text format of Prometheus."""
         return Response(traffic.text(), media_type="text/plain; version=0.0.4")
 
-    paths = [route.path for route in app.routes if hasattr(route, "path")]
+    paths = [getattr(route, "path", "") for route in app.routes]
     headers = security_headers(page, other_images=not images and bool(lookup.images))
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     app.add_middleware(Guard, headers=headers, paths=paths, traffic=traffic)
