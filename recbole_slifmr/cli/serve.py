@@ -25,8 +25,7 @@ LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
     click.option("--show", default=None, help="Columns of the .item file, the title first.  [its title]"),
     click.option("--images", default=None, type=click.Path(path_type=Path), help="Folder of files such as ITEM.jpg."),
     click.option("--image_field", "--image-field", default=None, help="Column of https addresses of images instead."),
-    click.option("--explain/--no_explain", "--explain/--no-explain", "explain", default=True,
-                 help="Be ready to say why.  [explain]"),
+    click.option("--explain/--no-explain", default=True, help="Be ready to say why.  [explain]"),
     click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(min=0.001),
                  help="Seconds after which a question is given up."),
 )  # fmt: skip
