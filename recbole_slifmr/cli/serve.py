@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
-import os
-import socket
 from pathlib import Path
+from urllib.parse import quote
 
 import click
 
@@ -44,17 +43,18 @@ def serve(
         )
     if images is not None and image_field is not None:
         raise SettingError("images come from a folder, --images, or from addresses, --image_field: leave one out")
-    with _bind(host, port) as listener:
-        from recbole_slifmr.serve.lookup import Lookup, find_images, image_address, read_image_urls
+    from recbole_slifmr.serve.web import bind, make_app, run_app
+
+    with bind(host, port) as listener:  # before anything is loaded
+        from recbole_slifmr.serve.lookup import Lookup, find_images, read_image_urls
         from recbole_slifmr.serve.names import find_title, read_item_columns
         from recbole_slifmr.serve.trained import load_trained
-        from recbole_slifmr.serve.web import make_app, run_app
 
         files = find_images(images) if images is not None else {}
         trained = load_trained(checkpoint, data_path, dataset)
         config = trained.config
         columns = read_item_columns(config, find_title(config) if show is None else split_names(show))
-        addresses = {token: image_address(token) for token in files}
+        addresses = {token: f"image?item={quote(token, safe='')}" for token in files}
         if image_field is not None:
             addresses = read_image_urls(config, image_field)
         app = make_app(Lookup(trained, columns, addresses, explain), files, _names(host), timeout)
@@ -62,23 +62,6 @@ def serve(
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         click.echo(f"{config['model']} on {config['dataset']}: {address} (Ctrl+C stops)")
         run_app(app, listener)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """Take the address, before anything is loaded.
-
-    Raises:
-        SettingError: if it cannot be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        if os.name == "posix":  # elsewhere it would take a port from another program
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise SettingError(f"{host}:{port} cannot be listened on: {error.strerror or error}; try --port=0") from error
-    return listener
 
 
 def _names(host: str) -> list[str]:

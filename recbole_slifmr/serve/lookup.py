@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -105,7 +104,8 @@ class Lookup:
         self.n_items_of = np.diff(trained.seen.bounds)
         items = dataset.inter_feat[dataset.iid_field].cpu().numpy()
         self.n_users_of = np.bincount(items, minlength=trained.n_items)[: trained.n_items]
-        self.popularity = _standardise(torch.from_numpy(np.log1p(self.n_users_of[1:])).float())
+        popularity = torch.from_numpy(np.log1p(self.n_users_of[1:])).float()
+        self.popularity = _standardise(popularity).to(trained.config["device"])
         self.unit = self._or_none(lambda trained: F.normalize(trained.item_vectors().detach(), dim=1))
         self.explainer = self._or_none(make_explainer) if explain else None
         self.recommend(str(trained.user_tokens[1]), 1)  # models keep their representations from the first time on
@@ -159,8 +159,7 @@ class Lookup:
         scores = trained.scores(users)
         mixed = scores.clone()  # rank_items writes into it
         if popularity:
-            mixed[:, 1:] = (1 - popularity) * _standardise(scores[:, 1:])
-            mixed[:, 1:] += popularity * self.popularity.to(scores.device)
+            mixed[:, 1:] = (1 - popularity) * _standardise(scores[:, 1:]) + popularity * self.popularity
         (ranking,) = rank_items(lambda _: mixed, users, k, trained.n_items, trained.seen)
         items = ranking.items[ranking.scores > -np.inf]
         own = scores[0, torch.from_numpy(items).to(scores.device)].cpu().numpy()
@@ -233,11 +232,6 @@ def find_images(folder: Path) -> dict[str, Path]:
     if not images:
         raise SettingError(f"--images: no files such as ITEM.jpg in {folder}; types: {' '.join(IMAGE_TYPES)}")
     return images
-
-
-def image_address(token: str) -> str:
-    """Return where the page finds an image of the folder."""
-    return f"image?item={quote(token, safe='')}"
 
 
 def read_image_urls(config: Any, field: str) -> dict[str, str]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import os
 import re
 import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -30,10 +32,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recbole_slifmr import __version__
+from recbole_slifmr.errors import SettingError
 from recbole_slifmr.serve.lookup import IMAGE_TYPES, Found, Item, Lookup, Ranked, UnknownError, UserHistory
 
 PAGE = Path(__file__).with_name("page.html")
-MAX_K, MAX_TEXT, MAX_HEADERS, MAX_CONNECTIONS, WORKERS = 100, 200, 16_384, 64, 2
+MAX_K, MAX_TEXT, MAX_REQUEST, MAX_CONNECTIONS, WORKERS = 100, 200, 16_384, 64, 2
 
 Token = Annotated[str, Query(min_length=1, max_length=MAX_TEXT)]
 Text = Annotated[str, Query(max_length=MAX_TEXT)]
@@ -97,8 +100,17 @@ class Traffic:
         return "\n".join([*lines, "# TYPE slifmr_resident_bytes gauge", f"slifmr_resident_bytes {memory}", ""])
 
 
+def refuse(scope: Scope) -> Response | None:
+    """Return the response to a request that is too large or has a body, None to others."""
+    given = dict(scope["headers"])
+    if given.get(b"content-length", b"0").strip() != b"0" or b"transfer-encoding" in given:
+        return _problem(413, "a request has no body here")
+    size = len(scope["path"]) + len(scope["query_string"]) + sum(map(len, chain(*scope["headers"])))
+    return _problem(431, f"a request has at most {MAX_REQUEST} bytes here") if size > MAX_REQUEST else None
+
+
 class Guard:
-    """Middleware: refuses requests with a body, adds headers to responses, counts and times them.
+    """Middleware: refuses requests that are too large, adds headers to responses, counts and times them.
 
     Args:
         app: what it stands before.
@@ -123,11 +135,8 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], *own]}
             await send(message)
 
-        given = dict(scope["headers"])
-        has_body = given.get(b"content-length", b"0").strip() != b"0" or b"transfer-encoding" in given
-        app = _problem(413, "a request has no body here") if has_body else self.app
         try:
-            await app(scope, receive, send_with_headers)
+            await (refuse(scope) or self.app)(scope, receive, send_with_headers)
         finally:
             self.traffic.counts[path, status] += 1
             self.traffic.seconds[path] += perf_counter() - start
@@ -149,6 +158,7 @@ def make_app(
         timeout: seconds after which a question is given up.
     """
     pool, page, traffic = ThreadPoolExecutor(WORKERS, "answer"), PAGE.read_text(encoding="utf-8"), Traffic()
+    headers = security_headers(page, other_images=not images and bool(lookup.images))
 
     async def answer(question: Callable[..., Any], *arguments: Any) -> Any:
         future = asyncio.get_running_loop().run_in_executor(pool, question, *arguments)
@@ -164,7 +174,7 @@ def make_app(
             return _problem(422, f"{first['loc'][-1]}: {first['msg']}")
         if isinstance(error, HTTPException):
             return _problem(error.status_code, error.detail, error.headers)
-        return _problem(500, "the server failed; its terminal says why")
+        return _problem(500, "the server failed; its terminal says why", headers)  # it does not pass the guard
 
     failures: tuple[type[Exception], ...] = (
         UnknownError, TimeoutError, RequestValidationError, HTTPException, Exception
@@ -228,16 +238,33 @@ def make_app(
         return Response(traffic.text(), media_type="text/plain; version=0.0.4")
 
     paths = [getattr(route, "path", "") for route in app.routes]
-    headers = security_headers(page, other_images=not images and bool(lookup.images))
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     app.add_middleware(Guard, headers=headers, paths=paths, traffic=traffic)
     return app
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address; nobody can connect yet.
+
+    Raises:
+        SettingError: if it cannot be had.
+    """
+    try:
+        # With the protocol named, asyncio sends small answers at once (TCP_NODELAY).
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        if os.name == "posix":  # elsewhere it would take a port from another program
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise SettingError(f"{host}:{port} cannot be listened on: {error.strerror or error}; try --port=0") from error
+    return listener
 
 
 def run_app(app: FastAPI, listener: socket.socket) -> None:
     """Serve until the process is asked to stop."""
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, http="h11", ws="none", lifespan="off",
-        limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=MAX_HEADERS, timeout_graceful_shutdown=2,
+        limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=MAX_REQUEST, timeout_graceful_shutdown=2,
     )  # fmt: skip
     uvicorn.Server(config).run(sockets=[listener])
