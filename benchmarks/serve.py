@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
 import re
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from multiprocessing.connection import Connection
 from time import perf_counter
@@ -80,6 +79,17 @@ def ask(port: int, question: str, k: int, largest: int, until: float, seed: int)
     return times
 
 
+def measure(port: int, question: str, k: int, largest: int, clients: int, seconds: float) -> dict[str, float]:
+    """Ask from some threads for some seconds; return requests per second and quantiles of their milliseconds."""
+    start = perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        asked = [pool.submit(ask, port, question, k, largest, start + seconds, seed) for seed in range(clients)]
+    times = [time for client in asked for time in client.result()]
+    p50, p99 = np.percentile(times, [50, 99]) * 1000
+    rate = len(times) / (perf_counter() - start)
+    return {"per second": round(rate), "p50 ms": round(p50, 1), "p99 ms": round(p99, 1)}
+
+
 @click.command()
 @click.option("--users", default=100_000, show_default=True, help="Number of users.")
 @click.option("--items", default=100_000, show_default=True, help="Number of items.")
@@ -88,44 +98,30 @@ def ask(port: int, question: str, k: int, largest: int, until: float, seed: int)
 @click.option("--k", default=10, show_default=True, help="Items per answer.")
 @click.option("--clients", default=8, show_default=True, help="Connections that ask at the same time.")
 @click.option("--seconds", default=10.0, show_default=True, help="For each question.")
-@click.option("--threads", default=os.cpu_count() or 1, show_default=True, help="Of torch in the server.")
-def main(users: int, items: int, size: int, seen: int, k: int, clients: int, seconds: float, threads: int) -> None:
+@click.option("--threads", default=1, show_default=True, help="Of torch in the server.")
+@click.option("--port", default=None, type=int, help="Of another server, which runs already; with --question.")
+@click.option("--question", default=None, help="What to ask it: a path with {} for a user's number and for k.")
+def main(
+    users: int, items: int, size: int, seen: int, k: int, clients: int, seconds: float, threads: int,
+    port: int | None, question: str | None,
+) -> None:  # fmt: skip
     """Ask a server in a process of its own from this one, each client as fast as it is answered; print JSON lines."""
-    here, there = multiprocessing.Pipe()
+    if port is not None:
+        print(json.dumps(measure(port, question or "", k, users, clients, seconds)))
+        return
     context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
     server = context.Process(target=serve, args=(there, threads, (users + 1, items + 1, size, seen)), daemon=True)
     server.start()
     try:
         port = here.recv()
-        for name, question in QUESTIONS.items():
-            until, times, started = perf_counter() + seconds, [], perf_counter()
-            asking = [
-                threading.Thread(
-                    target=lambda seed, question=question, until=until, times=times: times.extend(
-                        ask(port, question, k, min(users, items), until, seed)
-                    ),
-                    args=(seed,),
-                )
-                for seed in range(clients)
-            ]
-            for thread in asking:
-                thread.start()
-            for thread in asking:
-                thread.join()
-            p50, p99 = np.percentile(times, [50, 99]) * 1000
-            rate = len(times) / (perf_counter() - started)
-            result = {
-                "question": name,
-                "items": items,
-                "clients": clients,
-                "threads": threads,
-                "per second": round(rate),
-            }
-            print(json.dumps({**result, "p50 ms": round(p50, 1), "p99 ms": round(p99, 1)}))
+        for name, path in QUESTIONS.items():
+            found = measure(port, path, k, min(users, items), clients, seconds)
+            print(json.dumps({"question": name, "items": items, "clients": clients, "threads": threads, **found}))
         connection = HTTPConnection("127.0.0.1", port)
         connection.request("GET", "/metrics")
-        memory = re.search(r"slifmr_resident_bytes (\d+)", connection.getresponse().read().decode())
-        print(json.dumps({"resident MB": int(memory[1]) >> 20 if memory else None}))
+        memory = re.findall(r"slifmr_resident_bytes (\d+)", connection.getresponse().read().decode())
+        print(json.dumps({"resident MB": int(memory[0]) >> 20}))
     finally:
         server.terminate()
         server.join()
