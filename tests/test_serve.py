@@ -404,7 +404,8 @@ class Browser:
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
         )
-        self.call("Page.navigate", url="about:blank")
+        self.call("Page.navigate", url="about:blank")  # else another view of the same page would be no new document
+        wait_for(lambda: self.see("location.href") == "about:blank")
         self.call("Page.navigate", url=url)
         wait_for(lambda: self.see("document.querySelector('main h1') !== null"))
 
@@ -450,10 +451,11 @@ def test_in_a_browser_titles_are_text_and_the_keyboard_is_enough(address, browse
     assert browser.see(f"{unnamed}.length") == 0
     browser.open(f"{address}/#user=u5")
     browser.see("document.querySelector('#mix').focus()")
-    before = browser.see("document.querySelector('ol').textContent")
+    titles = "[...document.querySelectorAll('ol a')].map(link => link.textContent).join()"
+    before = browser.see(titles)
     browser.press(*["ArrowRight"] * 10)
-    wait_for(lambda: browser.see("document.querySelector('ol').textContent") != before)
-    assert browser.see("location.hash") == "#user=u5&popularity=1"
+    wait_for(lambda: browser.see("location.hash") == "#user=u5&popularity=1")
+    wait_for(lambda: browser.see(titles) != before)
     assert browser.see("document.querySelector('output').textContent") == "popularity only"
 
     browser.see("document.querySelector('#q').focus()")
