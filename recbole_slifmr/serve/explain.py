@@ -7,6 +7,7 @@ the user's training interactions. They say what the model had at hand, not that 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -92,12 +93,22 @@ class Explainer:
         of_users = self._weights(model.user_fusion, views.users, views.user_mask)
         of_items = self._weights(model.item_fusion, views.items, views.item_mask)
         place = {int(item): row for row, item in enumerate(items)}
+
+        def weights_of(row: int, item: int) -> dict[str, Any]:
+            return {"user_views": of_users and of_users[row], "item_views": of_items and of_items[place[item]]}
+
+        return self._describe(ranking, weights_of)
+
+    def links(self, ranking: Ranking) -> list[list[dict[str, Any]]]:
+        """Return what :meth:`explain` does without the views, for which it propagates over all graphs."""
+        return self._describe(ranking, lambda row, item: {})
+
+    def _describe(self, ranking: Ranking, views_of: Callable[[int, int], dict[str, Any]]) -> list[list[dict[str, Any]]]:
         return [
             [
                 {
                     **self._linear(int(user), item, float(score)),
-                    "user_views": of_users and of_users[row],
-                    "item_views": of_items and of_items[place[item]],
+                    **views_of(row, item),
                     "neighbours": self._neighbours(int(user), item),
                     "shared_entities": self._shared_entities(int(user), item),
                 }

@@ -50,6 +50,8 @@ class LinearExplainer:
             for row, user in enumerate(ranking.users)
         ]
 
+    links = explain  # there are no views to leave out, see Explainer
+
     def _explain(self, user: int, item: int) -> dict[str, Any]:
         known = self.model.history[[user]].indices
         scores, plain = (weights_on(matrix, known, item) for matrix in (self.model.weights, self.from_interactions))

@@ -109,14 +109,20 @@ def similar_items(trained: Trained, item: int, k: int) -> pd.DataFrame:
     Raises:
         SettingError: if the model has no representations of items.
     """
-    unit = F.normalize(trained.item_vectors(), dim=1)
+    items, cosines = nearest_items(F.normalize(trained.item_vectors(), dim=1), item, k)
+    tokens = trained.item_tokens
+    columns = {"item": tokens[item], "similar_item": tokens[items], "rank": np.arange(1, len(items) + 1)}
+    return pd.DataFrame({**columns, "cosine": cosines})
+
+
+@torch.no_grad()
+def nearest_items(unit: Tensor, item: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and cosines of the k items nearest to an item, from rows of length 1, ``[n_items, d]``."""
     cosine = unit @ unit[item]
     cosine[[0, item]] = -torch.inf
     values, items = (part.cpu().numpy() for part in torch.topk(cosine, min(k, len(cosine))))
     kept = values > -np.inf
-    tokens = trained.item_tokens
-    columns = {"item": tokens[item], "similar_item": tokens[items[kept]], "rank": np.arange(1, kept.sum() + 1)}
-    return pd.DataFrame({**columns, "cosine": values[kept]})
+    return items[kept], values[kept]
 
 
 def write_tables(tables: Iterable[pd.DataFrame], kind: str, out: Path | None, stdout: TextIO) -> int:
