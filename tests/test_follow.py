@@ -130,10 +130,13 @@ class Wandb:
     """As much of wandb as RecBole's logger and this package use."""
 
     def __init__(self):
-        self.run, self.logged = None, []
+        self.run, self.logged, self.finished = None, [], 0
 
     def init(self, project, config):
-        self.run = SimpleNamespace(summary=_Update(), config=_Update())
+        self.run = SimpleNamespace(summary=_Update(), config=_Update(), finish=self.finish)
+
+    def finish(self):
+        self.finished += 1
 
     def define_metric(self, name, step_metric):
         pass
@@ -152,6 +155,7 @@ def test_wandb_has_the_test_scores_and_a_manifest_of_any_model(model, settings, 
     about = wandb.run.config["manifest"]
     assert about["settings"]["model"] == model and about["fingerprints"] == result.fingerprints
     assert any("valid/recall@5" in metrics for metrics in wandb.logged), "RecBole's own part"
+    assert wandb.finished == 1, "or the next run of this process would overwrite its scores"
 
 
 def test_a_callback_without_the_hook_at_the_end_still_runs(settings, monkeypatch, tmp_path):

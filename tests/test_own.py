@@ -100,6 +100,30 @@ def test_recbole_knows_it_by_the_name_of_its_class_and_its_settings_lie_beside_i
     assert make_config("ownmodels:Mine", "tiny", settings={"factor": 3.0})["factor"] == 3.0
 
 
+def test_it_has_the_settings_of_what_it_derives_from(work):
+    (work / "derived.py").write_text(
+        "from recbole.model.general_recommender import BPR\nfrom recbole_slifmr.model.slifmr import SLIFMR\n"
+        "class OfBPR(BPR): pass\nclass OfSLIFMR(SLIFMR): pass\n"
+    )
+    assert make_config("derived:OfBPR", "tiny")["embedding_size"] == 64
+    (work / "OfSLIFMR.yaml").write_text("n_layers: 1\n")
+    config, plain = make_config("derived:OfSLIFMR", "tiny"), make_config("SLIFMR", "tiny")
+    assert config["n_layers"] == 1 and config["linear_weight"] == plain["linear_weight"]
+
+
+def test_its_class_alone_names_it_once_it_is_known(work):
+    make_config("ownmodels:Mine", "tiny")
+    assert make_config("Mine", "tiny")["own_model"] == "ownmodels:Mine"
+
+
+def test_a_file_beside_it_that_is_no_python_counts_in_its_code(work):
+    (work / "helper").mkdir()
+    (work / "helper" / "broken.py").write_text("def (")
+    (work / "ownmodels.py").write_bytes(b"\xef\xbb\xbf" + b"import helper\n" + MODEL.format(name="Mine").encode())
+    make_config("ownmodels:Mine", "tiny")
+    assert work / "helper" / "broken.py" in own.sources_of("Mine")
+
+
 def test_it_has_the_trainer_and_the_data_set_class_of_what_it_derives_from(work):
     (work / "several.py").write_text(
         "from recbole.model.abstract_recommender import GeneralRecommender\n"

@@ -33,7 +33,7 @@ def test_users_and_items_without_interactions_have_zeros():
     assert users[edges[0]].any(dim=1).all()
 
 
-@pytest.mark.parametrize(("n_users", "n_items", "k"), [(5, 4, 3), (2, 9, 1), (1, 4, 0)])
+@pytest.mark.parametrize(("n_users", "n_items", "k"), [(5, 4, 4), (2, 9, 2), (1, 4, 1)])
 def test_there_are_no_more_than_the_matrix_has(n_users, n_items, k):
     users, items = spectral_embeddings(torch.tensor([[0], [1]]), n_users, n_items, 64)
     assert users.shape == (n_users, k) and items.shape == (n_items, k)
@@ -42,3 +42,12 @@ def test_there_are_no_more_than_the_matrix_has(n_users, n_items, k):
 
 def test_without_interactions_there_are_none():
     assert spectral_embeddings(torch.zeros(2, 0, dtype=torch.long), 5, 4, 3)[0].shape == (5, 0)
+
+
+def test_equal_singular_values_give_the_same_vectors_every_time():
+    """Forty graphs apart from each other have forty singular values of 1."""
+    edges = torch.cat([interactions(6, 4, 12, seed) + torch.tensor([[6], [4]]) * seed for seed in range(40)], dim=1)
+    first, second = (spectral_embeddings(edges, 240, 160, 16) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    for start in first:
+        assert torch.isfinite(start).all()

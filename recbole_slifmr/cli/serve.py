@@ -29,8 +29,8 @@ LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
                  help="Seconds after which a question is given up."),
 )  # fmt: skip
 def serve(
-    checkpoint: Path, data_path: str | None, dataset: str | None, host: str, port: int, show: str | None,
-    images: Path | None, image_field: str | None, explain: bool, timeout: float,
+    checkpoint: Path, data_path: str | None, dataset: str | None, model: str | None, host: str, port: int,
+    show: str | None, images: Path | None, image_field: str | None, explain: bool, timeout: float,
 ) -> None:  # fmt: skip
     """Look at a model in a browser: slifmr serve --checkpoint=saved/SLIFMR-....pth (extra 'serve').
 
@@ -51,7 +51,7 @@ def serve(
         from recbole_slifmr.serve.trained import load_trained
 
         files = find_images(images) if images is not None else {}
-        trained = load_trained(checkpoint, data_path, dataset)
+        trained = load_trained(checkpoint, data_path, dataset, model)
         config = trained.config
         columns = read_item_columns(config, find_title(config) if show is None else split_names(show))
         addresses = {token: f"image?item={quote(token, safe='')}" for token in files}

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import recbole
 import recbole.data.dataset
 import recbole.trainer
 from recbole.model.abstract_recommender import AbstractRecommender
@@ -25,7 +26,9 @@ from recbole.utils import ModelType
 
 from recbole_slifmr.data.dataset import SLIFMRDataset
 from recbole_slifmr.errors import SettingError, one_line
+from recbole_slifmr.paths import PROPERTIES
 
+RECBOLE_SETTINGS = Path(inspect.getfile(recbole)).parent / "properties" / "model"
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 KINDS = ("general", "context_aware", "sequential", "knowledge_aware")  # where RecBole looks for a model
 SAME_DATA = (ModelType.GENERAL, ModelType.TRADITIONAL, ModelType.KNOWLEDGE)
@@ -145,12 +148,17 @@ def _inherited(kind: type, package: ModuleType, ending: str) -> Any:
 # -- files --------------------------------------------------------------------------------------------------------
 
 
-def settings_of(name: str) -> Path | None:
-    """Return the YAML of an own model's settings, ``Class.yaml`` beside its module; None without one."""
+def settings_of(name: str) -> list[Path]:
+    """Return the YAML files of an own model's settings, the last winning; none for other models.
+
+    Those of the models that it derives from, RecBole's or this package's, and ``Class.yaml`` beside its module.
+    """
     if name not in _used:
-        return None
-    file = _file_of(_used[name][1]).with_name(f"{name}.yaml")
-    return file if file.is_file() else None
+        return []
+    kind = _used[name][1]
+    bases = [base.__name__ for base in reversed(kind.__mro__[1:])]
+    files = [folder / f"{base}.yaml" for base in bases for folder in (RECBOLE_SETTINGS, PROPERTIES / "model")]
+    return [file for file in (*files, _file_of(kind).with_name(f"{name}.yaml")) if file.is_file()]
 
 
 def sources_of(name: str) -> list[Path]:
@@ -167,7 +175,7 @@ def sources_of(name: str) -> list[Path]:
         code = list(_beside(_file_of(_used[name][1])))
     else:
         code = sorted(file for folder in folders for file in Path(folder).rglob("*.py"))
-    return [*([settings] if settings else []), *code]
+    return [*settings, *code]
 
 
 def _file_of(kind: type) -> Path:
@@ -190,7 +198,10 @@ def _beside(file: Path) -> tuple[Path, ...]:
 
 def _imports(file: Path) -> set[str]:
     """Return the first part of the name of every module that a file imports."""
-    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except SyntaxError:  # another file of a folder beside, which nothing needs to import
+        return set()
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     return {name.partition(".")[0] for name in names}

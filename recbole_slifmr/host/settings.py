@@ -81,6 +81,7 @@ def make_config(
     """
     for file in config_files:
         read_settings(file)
+    model = own.used().get(model, model)
     named = {"own_model": model} if ":" in model else {}
     if named:
         model = own.use(model)
@@ -215,10 +216,8 @@ def wrap_config() -> None:
 def _own_yaml(just_read: str, model: str, dataset: str) -> Iterable[Path]:
     """Return this package's YAML files that belong after the one of RecBole's just read."""
     if just_read == "overall.yaml":
-        paths = [
-            PROPERTIES / "overall.yaml",
-            own.settings_of(model) or PROPERTIES / "model" / f"{model}.yaml",
-        ]
+        of_model = own.settings_of(model) or [PROPERTIES / "model" / f"{model}.yaml"]
+        paths = [PROPERTIES / "overall.yaml", *of_model]
     elif just_read == "sample.yaml":
         paths = [PROPERTIES / "dataset" / f"{dataset}.yaml"]
     else:

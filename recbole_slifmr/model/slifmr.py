@@ -56,7 +56,6 @@ SPREAD = 3.0  # of spectral embeddings, in standard deviations of random ones
 class SLIFMRSettings(FusedSettings):
     """The settings of SLIFMR."""
 
-    embedding_start: Annotated[str, STARTS]
     refresh_first_epoch: Whole
     refresh_interval: int | str
     refresh_k: Count
@@ -74,6 +73,7 @@ class SLIFMRSettings(FusedSettings):
     intra_views: list
     n_negatives: Count
     reg_weight: Weight
+    embedding_start: Annotated[str, STARTS] = "spectral"
 
 
 class SLIFMR(FusedRecommender):

@@ -27,13 +27,13 @@ from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 import numpy as np
 import scipy.linalg.lapack
 import scipy.sparse
-import scipy.sparse.linalg
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
 
 from recbole_slifmr.errors import SettingError
+from recbole_slifmr.nn.spectral import largest_singular
 
 Matrix: TypeAlias = "Tensor | scipy.sparse.csr_array"
 W = TypeVar("W", Tensor, scipy.sparse.csr_array)
@@ -120,7 +120,7 @@ def tag_vectors(triples: np.ndarray, n_items: int, size: int) -> Tensor:
     rows = scipy.sparse.csr_array(scipy.sparse.diags_array(1 / np.where(length > 0, length, 1)) @ tags)
     if rows.shape[1] <= size or n_items <= size:
         return torch.from_numpy(rows.toarray().astype(np.float32))
-    left, values, _ = scipy.sparse.linalg.svds(rows, k=size, v0=np.ones(min(rows.shape)), return_singular_vectors="u")
+    left, values, _ = largest_singular(rows, size)
     vectors = np.where(length[:, None] > 0, left * values, 0.0)
     return torch.from_numpy(np.ascontiguousarray(vectors.astype(np.float32)))
 

@@ -227,7 +227,10 @@ def find_images(folder: Path) -> dict[str, Path]:
     Raises:
         SettingError: if there are none.
     """
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    try:
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise SettingError(f"--images: {folder} cannot be read: {error.strerror}") from error
     images = {file.stem: file for file in files if file.suffix.lower() in IMAGE_TYPES and file.is_file()}
     if not images:
         raise SettingError(f"--images: no files such as ITEM.jpg in {folder}; types: {' '.join(IMAGE_TYPES)}")

@@ -1,8 +1,8 @@
 """The page and the JSON of ``slifmr serve``: FastAPI around :class:`~recbole_slifmr.serve.lookup.Lookup`.
 
 Nothing is written, and nothing but the model is run for a request. Requests are bounded: headers of at most 16 KB, no
-body, every text and number with a limit, a number of connections, a number of seconds. Nothing that a client sent is
-sent back in an error.
+body, every text and number with a limit, an answer within a number of seconds. Nothing that a client sent is sent back
+in an error.
 """
 
 from __future__ import annotations
@@ -180,6 +180,7 @@ def make_app(
         UnknownError, TimeoutError, RequestValidationError, HTTPException, Exception
     )  # fmt: skip
     app = FastAPI(
+        redirect_slashes=False,
         title="slifmr serve", version=__version__, docs_url=None, redoc_url=None,  # their scripts are on a network
         exception_handlers=dict.fromkeys(failures, fail),
         responses={status: {"model": Problem} for status in (404, 422, 503)},
@@ -256,8 +257,9 @@ def bind(host: str, port: int) -> socket.socket:
         if os.name == "posix":  # elsewhere it would take a port from another program
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise SettingError(f"{host}:{port} cannot be listened on: {error.strerror or error}; try --port=0") from error
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SettingError(f"{host}:{port} cannot be listened on: {reason}; try --port=0") from error
     return listener
 
 

@@ -55,6 +55,7 @@ def tell_end(trainer: Any, result: Any) -> None:
         run = importlib.import_module("wandb").run
         run.summary.update({f"test/{name}": value for name, value in result.test.items()})
         run.config.update({"manifest": manifest_of(trainer.config, result)}, allow_val_change=True)
+        run.finish()  # or RecBole would go on with it in the next training of this process
 
 
 class MLflow(Callback):
