@@ -10,7 +10,17 @@ those of SLIFMR.
 
 from __future__ import annotations
 
-from recbole_slifmr.model.slifmr import SLIFMR
+from dataclasses import dataclass
+from typing import Annotated
+
+from recbole_slifmr.model.slifmr import SLIFMR, STARTS, SLIFMRSettings
+
+
+@dataclass(frozen=True)
+class SLIFMRPaperSettings(SLIFMRSettings):
+    """The settings of SLIFMR, of which only the start has a default: that of models from before it was a setting."""
+
+    embedding_start: Annotated[str, STARTS] = "random"
 
 
 class SLIFMRPaper(SLIFMR):
@@ -20,3 +30,5 @@ class SLIFMRPaper(SLIFMR):
         config: RecBole's configuration.
         dataset: a :class:`~recbole_slifmr.data.dataset.SLIFMRDataset`, the training split.
     """
+
+    settings_class = SLIFMRPaperSettings
