@@ -204,7 +204,13 @@ def test_ctrl_c_leaves_no_process(data):
         [*train, *endless, "--verbose"], stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listening
     ) as process:
         lines = iter(process.stderr.readline, "")
-        assert any("epoch 1 training" in line for line in lines)
+        before = []
+        for line in lines:
+            before.append(line)
+            if "epoch 1 training" in line:
+                break
+        else:
+            pytest.fail("it ended before its second epoch: " + "".join(before))
         os.killpg(process.pid, signal.SIGINT)
         rest = list(lines)  # ends when no process of the group holds it any more
     assert process.returncode == 130
