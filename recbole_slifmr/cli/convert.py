@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from recbole_slifmr.cli.options import with_options
+from recbole_slifmr.cli.options import parse_files, with_options
 from recbole_slifmr.data.convert import Columns, Summary, convert_kgat, convert_mmrec, convert_tables
 from recbole_slifmr.data.convert.kgat import Track
 from recbole_slifmr.data.convert.source import Open
@@ -91,17 +91,6 @@ def kgat(source: Path, **options: Any) -> None:
     print_summary(summary)
 
 
-def _parse_features(texts: tuple[str, ...]) -> dict[str, Path]:
-    """Read ``name=file`` pairs with commas between them."""
-    features: dict[str, Path] = {}
-    for pair in ",".join(texts).split(",") if texts else []:
-        name, equals, file = pair.partition("=")
-        if not (name and equals and file) or name in features:
-            raise SettingError(f"--features reads name=file, each name once, with commas between: not '{pair}'")
-        features[name] = Path(file)
-    return features
-
-
 def _parse_separator(text: str | None) -> str | None:
     separator = {"\\t": "\t", "tab": "\t", "space": " "}.get(text or "", text)
     if separator is not None and len(separator) != 1:
@@ -126,7 +115,7 @@ def _parse_separator(text: str | None) -> str | None:
 def tables(features: tuple[str, ...], separator: str | None, **options: Any) -> None:
     """Convert delimited files whose first line names the columns."""
     columns = Columns(**{name: options.pop(f"{name}_column") for name in vars(Columns())})
-    modalities, separator = _parse_features(features), _parse_separator(separator)
+    modalities, separator = parse_files(features, "--features"), _parse_separator(separator)
     with _progress() as (open_file, _):
         summary = convert_tables(
             features=modalities, separator=separator, columns=columns, open_file=open_file, **options

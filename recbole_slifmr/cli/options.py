@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
+from recbole_slifmr.errors import SettingError
 from recbole_slifmr.training.evaluation import MASKS
 
 RUNS_OPTIONS = (  # of the commands that run many models or variants side by side
@@ -36,3 +39,18 @@ def with_options(*options: Any) -> Any:
 def split_names(text: str) -> list[str]:
     """Read names with commas between them."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def parse_files(texts: Sequence[str], option: str) -> dict[str, Path]:
+    """Read ``name=file`` pairs with commas between them.
+
+    Raises:
+        SettingError: naming the option and the pair.
+    """
+    files: dict[str, Path] = {}
+    for pair in ",".join(texts).split(",") if texts else []:
+        name, equals, file = pair.partition("=")
+        if not (name and equals and file) or name in files:
+            raise SettingError(f"{option} reads name=file, each name once, with commas between: not '{pair}'")
+        files[name] = Path(file)
+    return files

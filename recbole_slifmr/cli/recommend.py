@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 import pandas as pd
 
-from recbole_slifmr.cli.options import split_names, with_options
+from recbole_slifmr.cli.options import parse_files, split_names, with_options
 from recbole_slifmr.errors import DataError, SettingError
 
 if TYPE_CHECKING:
@@ -53,6 +54,12 @@ def _read_tokens(file: Path) -> list[str]:
     click.option("--all", "everybody", is_flag=True, help="Recommend to all users."),
     click.option("--history", default=None, help="Item tokens of a user who was not in training, with commas."),
     click.option("--histories", type=click.Path(path_type=Path), help="File of such users, a line of tokens each."),
+    click.option("--new_items", "--new-items", type=click.Path(path_type=Path),
+                 help="Recommend items that were not in training instead: a file with a row per item."),
+    click.option("--new_triples", "--new-triples", type=click.Path(path_type=Path),
+                 help="Their triples: a file of head, relation and tail."),
+    click.option("--new_features", "--new-features", multiple=True,
+                 help="Their features: image=F.npy,text=F.parquet, as for convert csv."),
     click.option("--similar_items", "--similar-items", "item", default=None, help="Item whose nearest items to show."),
     click.option("--k", default=20, show_default=True, type=click.IntRange(min=1), help="Items per user."),
     click.option("--exclude_seen/--include_seen", "--exclude-seen/--include-seen", "exclude_seen", default=True,
@@ -78,6 +85,9 @@ def recommend(
     everybody: bool,
     history: str | None,
     histories: Path | None,
+    new_items: Path | None,
+    new_triples: Path | None,
+    new_features: tuple[str, ...],
     item: str | None,
     k: int,
     exclude_seen: bool,
@@ -103,6 +113,10 @@ def recommend(
     is_new = history is not None or histories is not None
     if is_new and not exclude_seen:
         raise SettingError("the items of --history and --histories are never recommended: leave out --include-seen")
+    if new_items is None and (new_triples is not None or new_features):
+        raise SettingError("--new-triples and --new-features are of --new-items: name the file of items too")
+    if new_items is not None and (explain or item is not None or candidates is not None or show is not None):
+        raise SettingError("--new-items goes without --explain, --similar-items, --candidates and --show")
     as_table = explain and kind is None and out is None
     suffix = out.suffix[1:] if out is not None else ""
     for_people = as_table or (kind is None and out is None and sys.stdout.isatty())
@@ -116,7 +130,8 @@ def recommend(
     from recbole_slifmr.serve.trained import load_trained
 
     trained = load_trained(checkpoint, data_path, dataset, model)
-    shown = find_title(trained.config) if show is None and for_people else split_names(show or "")
+    by_title = show is None and for_people and new_items is None
+    shown = find_title(trained.config) if by_title else split_names(show or "")
     columns = read_item_columns(trained.config, shown)
     if item is not None:
         nearest = similar_items(trained, int(trained.item_ids([item])[0]), k)
@@ -125,18 +140,33 @@ def recommend(
     import numpy as np
 
     allowed = None if candidates is None else trained.item_ids(_read_tokens(candidates))
-    user_tokens = trained.user_tokens
+    user_tokens, item_tokens, known = trained.user_tokens, trained.item_tokens, []
     if is_new:
-        from recbole_slifmr.serve.newcomers import recommend_for, scorer
-
-        known = [_split(line) for line in ([history or ""] if histories is None else _read_lines(histories))]
-        trained.item_ids([token for tokens in known for token in tokens])  # all that are unknown, in one message
-        ids, user_tokens = np.arange(len(known)), np.arange(1, len(known) + 1).astype(str).astype(object)
-        item_ids = [trained.item_ids(tokens) for tokens in known]
-        rankings = recommend_for(scorer(trained), item_ids, k, trained.n_items, allowed)
+        named = [_split(line) for line in ([history or ""] if histories is None else _read_lines(histories))]
+        trained.item_ids([token for tokens in named for token in tokens])  # all that are unknown, in one message
+        ids, user_tokens = np.arange(len(named)), np.arange(1, len(named) + 1).astype(str).astype(object)
+        known = [trained.item_ids(tokens) for tokens in named]
     else:
         tokens = _read_tokens(users_file) if users_file else [user.strip() for user in (users or "").split(",")]
         ids = np.arange(1, trained.n_users) if everybody else trained.user_ids(tokens)
+    if new_items is not None:
+        from recbole_slifmr.data.new_items import read_new_item_files
+        from recbole_slifmr.serve.new_items import NewItemScorer, check_model
+
+        check_model(trained)
+        features = parse_files(new_features, "--new-features")
+        with warnings.catch_warnings(record=True) as left_out:
+            new = read_new_item_files(trained.dataset, new_items, new_triples, features)
+        for warning in left_out:
+            click.echo(str(warning.message), err=True)
+        of_new = NewItemScorer(trained, new)
+        item_tokens = of_new.tokens
+        rankings = of_new.recommend_for(known, k) if is_new else of_new.recommend(ids, k)
+    elif is_new:
+        from recbole_slifmr.serve.newcomers import recommend_for, scorer
+
+        rankings = recommend_for(scorer(trained), known, k, trained.n_items, allowed)
+    else:
         rankings = rank(trained, ids, k, exclude_seen, allowed)
     if explain:
         from recbole_slifmr.serve.explain import make_explainer
@@ -145,7 +175,7 @@ def recommend(
 
     def tables() -> Iterator[pd.DataFrame]:
         for ranking in rankings:
-            frame = table(ranking, user_tokens, trained.item_tokens)
+            frame = table(ranking, user_tokens, item_tokens)
             if explain:
                 frame["explanation"] = [reason for row in explainer.explain(ranking) for reason in row]
             yield columns.beside(frame, "item")

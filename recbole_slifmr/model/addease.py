@@ -16,9 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import numpy as np
+
 from recbole_slifmr.model.linear import LinearRecommender, LinearSettings
 from recbole_slifmr.model.settings import Positive, Range
-from recbole_slifmr.nn.linear import Solver, Source
+from recbole_slifmr.nn.linear import Solver, Source, solve_columns
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,8 @@ class AddEASE(LinearRecommender):
         if not content:
             return weights * (1 - share)
         return solver.add(weights, solver.solve(content, self.settings.content_reg_weight), share)
+
+    def combine_new(self, interactions: list[Source], content: list[Source], wanted: np.ndarray) -> np.ndarray:
+        """Return the content's share: interactions say nothing of new items."""
+        settings = self.settings
+        return settings.content_share * solve_columns(content, settings.content_reg_weight, wanted)

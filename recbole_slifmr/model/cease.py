@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from recbole_slifmr.model.linear import LinearRecommender, LinearSettings
-from recbole_slifmr.nn.linear import Solver, Source
+from recbole_slifmr.nn.linear import Solver, Source, solve_columns
 
 
 class CEASE(LinearRecommender):
@@ -34,3 +36,7 @@ class CEASE(LinearRecommender):
     def combine(self, solver: Solver[Any], interactions: list[Source], content: list[Source]) -> Any:
         """Return the weights of all sources together."""
         return solver.solve(interactions + content, self.settings.reg_weight)
+
+    def combine_new(self, interactions: list[Source], content: list[Source], wanted: np.ndarray) -> np.ndarray:
+        """Return the ridge regression of new items on the items."""
+        return solve_columns(interactions + content, self.settings.reg_weight, wanted)

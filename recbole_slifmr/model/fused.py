@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from recbole_slifmr.data.features import KG_TAGS, ItemFeatures
+from recbole_slifmr.data.new_items import NewItems
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import GraphRecommender, feature_size
-from recbole_slifmr.model.linear import content_sources
+from recbole_slifmr.model.linear import content_sources, new_content_sources
 from recbole_slifmr.model.settings import Count, FeatureSettings, GraphSettings, Positive, Weight, Whole
 from recbole_slifmr.nn.encoder import (
     RELATION_WEIGHTS,
@@ -32,7 +33,16 @@ from recbole_slifmr.nn.encoder import (
 from recbole_slifmr.nn.fold_in import fold_in, item_shares
 from recbole_slifmr.nn.graph import KNN_SEARCHES
 from recbole_slifmr.nn.layers import FUSIONS, Fusion, unit
-from recbole_slifmr.nn.linear import DenseSolver, NeighbourSolver, Solver, Source, interaction_factor, tag_vectors
+from recbole_slifmr.nn.linear import (
+    DenseSolver,
+    NeighbourSolver,
+    Solver,
+    Source,
+    cross_gram,
+    interaction_factor,
+    new_tag_vectors,
+    tag_vectors,
+)
 from recbole_slifmr.nn.linear_branch import LinearBranch
 from recbole_slifmr.nn.sparse import SparseMatrix
 
@@ -254,28 +264,82 @@ class FusedRecommender(GraphRecommender):
         scores = super().full_sort_predict(interaction)
         return scores if self.linear is None else scores.add_(self.linear.scores(interaction[self.USER_ID]).flatten())
 
-    def score_new_users(self) -> Callable[[scipy.sparse.csr_array], Tensor]:
-        """Return a function from the items of users who were not in training to the scores of all items.
+    def new_user_representations(self) -> Callable[[scipy.sparse.csr_array], Tensor]:
+        """Return a function from the items of users who were not in training to their fused representations.
 
-        It takes ones where a user has an item, ``[n, n_items]``, and returns ``[n, n_items]``. The linear branch and
-        the means over a user's items are exact; the interaction view is folded in, see ``nn/fold_in.py``.
+        It takes ones where a user has an item, ``[n, n_items]``, and returns ``[n, d]``. The means over a user's items
+        are exact; the interaction view is folded in, see ``nn/fold_in.py``.
         """
-        items, views = self._final_embeddings()[1], self.encode()
+        views = self.encode()
         shares = item_shares(views.users[:, 0], views.items[:, 0], self.interaction_encoder.edge_index)
 
-        def score(history: scipy.sparse.csr_array) -> Tensor:
+        def represent(history: scipy.sparse.csr_array) -> Tensor:
             n_users, edge_index = history.shape[0], torch.from_numpy(np.stack(history.nonzero()).astype(np.int64))
-            edge_index = edge_index.to(items.device)
+            edge_index = edge_index.to(shares.device)
             graph = InteractionGraph(edge_index, n_users, self.n_items)
             users = [fold_in(shares, edge_index, n_users)]
             for v in range(1, len(self.view_names)):
                 users.append(graph.user_means(views.items[:, v], views.item_mask[:, v]))
             mask = graph.user_mask(views.item_mask)
             mask[:, 0] = True  # as in training
-            scores = self.fuse(self.user_fusion, torch.stack(users, dim=1), mask) @ items.T
+            return self.fuse(self.user_fusion, torch.stack(users, dim=1), mask)
+
+        return represent
+
+    def score_new_users(self) -> Callable[[scipy.sparse.csr_array], Tensor]:
+        """Return a function from the items of users who were not in training to the scores of all items.
+
+        It takes ones where a user has an item, ``[n, n_items]``, and returns ``[n, n_items]``. The linear branch is
+        exact; for the rest see :meth:`new_user_representations`.
+        """
+        represent, items = self.new_user_representations(), self._final_embeddings()[1]
+
+        def score(history: scipy.sparse.csr_array) -> Tensor:
+            scores = represent(history) @ items.T
             return scores if self.linear is None else scores.add_(self.linear.history_scores(history))
 
         return score
+
+    def new_item_representations(self, dataset: Any, new: NewItems) -> Tensor:
+        """Return the fused representations of items that were not in training, ``[n_new, d]``.
+
+        Features and tags are seen as in training, see :meth:`FeatureEncoder.new_rows`; the interaction view is the mean
+        of the neighbours' by features and tags, as a cold item's in training. A view by the knowledge graph's own
+        encoder is missing.
+
+        Args:
+            dataset: the training split.
+            new: the items.
+        """
+        features, embedding = dict(new.features), self.known(self.item_embedding.weight)
+        if KG_TAGS in self.feature_encoders:
+            triples = dataset.triples.numpy()
+            values = new_tag_vectors(triples, self.n_items, MOST_TAG_NUMBERS, new.links, len(new.tokens))
+            features[KG_TAGS] = ItemFeatures(values, values.any(dim=1))
+        n_new, lender = len(new.tokens), self.encode().items[:, 0]
+        views = embedding.new_zeros(n_new, len(self.view_names), self.embedding_size)
+        mask = torch.zeros(n_new, len(self.view_names), dtype=torch.bool, device=embedding.device)
+        lenders = embedding.new_zeros(n_new, 1)
+        for v, (name, encoder) in enumerate(self.feature_encoders.items(), start=1):
+            if name in features:
+                values = features[name].values.to(embedding.device)
+                views[:, v], near = encoder.new_rows(values, embedding)
+                mask[:, v] = features[name].mask
+                weight = near.sum(1, keepdim=True)
+                views[:, 0] += near @ lender / torch.where(weight > 0, weight, 1.0)
+                lenders += weight > 0
+        views[:, 0] /= lenders.clamp(min=1)
+        mask[:, 0] = lenders[:, 0] > 0
+        return self.fuse(self.item_fusion, views, mask)
+
+    def new_content(self, dataset: Any, new: NewItems) -> np.ndarray:
+        """Return the linear branch's inner products of items and new items, ``[n_items, n_new]``; zeros without it."""
+        settings = self.settings
+        weights: tuple[dict[str, float], float, float] = {}, settings.linear_feature_weight, settings.linear_kg_weight
+        of_new, known = new_content_sources(dataset, new, *weights), content_sources(dataset, *weights)
+        if self.linear is None or not of_new:
+            return np.zeros((self.n_items, len(new.tokens)))
+        return cross_gram([known[name] for name in of_new], list(of_new.values()))
 
 
 def linear_weight(settings: FusedSettings, dataset: Any) -> float:

@@ -21,9 +21,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from recbole_slifmr.model.linear import LinearRecommender, LinearSettings
 from recbole_slifmr.model.settings import Positive
-from recbole_slifmr.nn.linear import Solver, Source
+from recbole_slifmr.nn.linear import Solver, Source, solve_columns
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,9 @@ class L3AE(LinearRecommender):
             return solver.solve(interactions, reg + near)
         prior = solver.solve(content, self.settings.content_reg_weight)
         return solver.solve(interactions, reg, prior, near)
+
+    def combine_new(self, interactions: list[Source], content: list[Source], wanted: np.ndarray) -> np.ndarray:
+        r"""Return what the interactions leave of the weights that the content gives: :math:`\lambda_E P C`."""
+        reg, near = self.settings.reg_weight, self.settings.content_weight
+        prior = solve_columns(content, self.settings.content_reg_weight, wanted)
+        return solve_columns(interactions, reg + near, near * prior)

@@ -10,12 +10,14 @@ from abc import abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 import scipy.sparse
 import torch
 from recbole.utils import InputType, ModelType
 from torch import Tensor, nn
 
 from recbole_slifmr.data.cold import ColdScoring
+from recbole_slifmr.data.new_items import NewItems
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import DeclaredRecommender, feature_size
 from recbole_slifmr.model.settings import Count, FeatureSettings, Positive, Range, Weight, check
@@ -25,10 +27,13 @@ from recbole_slifmr.nn.linear import (
     NeighbourSolver,
     Solver,
     Source,
+    cross_gram,
     feature_factor,
+    feature_mean,
     history_scores,
     interaction_factor,
     tag_factor,
+    tag_factors,
 )
 
 PRECISIONS = {"double": torch.float64, "single": torch.float32}
@@ -114,6 +119,33 @@ class LinearRecommender(DeclaredRecommender):
     @abstractmethod
     def combine(self, solver: Solver[Any], interactions: list[Source], content: list[Source]) -> Any:
         """Return the weights B ``[n_items, n_items]``, as the solver solves for them."""
+
+    @abstractmethod
+    def combine_new(self, interactions: list[Source], content: list[Source], wanted: np.ndarray) -> np.ndarray:
+        """Return the weights of the items for new ones that nobody has, ``[n_items, n]``.
+
+        Args:
+            interactions: of the items.
+            content: of the items.
+            wanted: the content's inner products of items and new items, ``[n_items, n]``.
+        """
+
+    def new_item_weights(self, dataset: Any, new: NewItems) -> Tensor:
+        """Return the weights B of the items for new ones, ``[n_items, n_new]``, as if these had been in training.
+
+        Nobody has them: their interactions are zeros, and content alone says what they are like.
+
+        Raises:
+            SettingError: if the sources that new items have weigh nothing.
+        """
+        settings = self.settings
+        weights = settings.modality_weights, settings.feature_weight, settings.kg_weight
+        of_new = new_content_sources(dataset, new, *weights, settings.kg_hops)
+        content = {name: source for name, source in self.sources.items() if name != "interaction"}
+        if not of_new:
+            raise SettingError("the model gives no weight to what is known of the new items")
+        wanted = cross_gram([content[name] for name in of_new], list(of_new.values()))
+        return torch.from_numpy(self.combine_new([self.sources["interaction"]], list(content.values()), wanted)).float()
 
     def solve(self, with_content: bool = True) -> Matrix:
         """Return the weights B, ``[n_items, n_items]``: column j holds what item j's score takes of each item.
@@ -203,6 +235,29 @@ def content_sources(
     }
     if kg_weight and len(dataset.triples):
         sources["kg"] = Source(tag_factor(dataset.triples.numpy(), dataset.item_num, kg_hops), kg_weight)
+    return sources
+
+
+def new_content_sources(
+    dataset: Any,
+    new: NewItems,
+    modality_weights: dict[str, float],
+    feature_weight: float,
+    kg_weight: float,
+    kg_hops: int = 1,
+) -> dict[str, Source]:
+    """Return the factors of new items, ``[n_new, c]`` each, by the names of :func:`content_sources`; see there.
+
+    Features are centred by the mean of the training's items, and tags count as they do there.
+    """
+    sources = {}
+    for name, known in content_sources(dataset, modality_weights, feature_weight, kg_weight, kg_hops).items():
+        if name in new.features:
+            mean = feature_mean(*dataset.item_features[name])
+            sources[name] = Source(feature_factor(*new.features[name], mean), known.weight)
+        elif name == "kg":
+            factor = tag_factors(dataset.triples.numpy(), dataset.item_num, kg_hops, new.links, len(new.tokens))[1]
+            sources[name] = Source(factor, known.weight)
     return sources
 
 

@@ -170,7 +170,7 @@ class FeatureEncoder(nn.Module):
         search: str = "exact",
     ) -> None:
         super().__init__()
-        self.n_items, self.n_layers = features.shape[0], n_layers
+        self.n_items, self.n_layers, self.knn_k = features.shape[0], n_layers, knn_k
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("features", F.normalize(features, dim=1) * mask.unsqueeze(1), persistent=False)
         initial = normalized_knn(features, knn_k, self.mask, search)
@@ -224,6 +224,35 @@ class FeatureEncoder(nn.Module):
                 self.user_features = graph.user_means(self.propagated, self.mask)
             self._averaged_over = (graph,)
         return self._project(self.user_features, users), self._project(self.propagated, items)
+
+    def new_rows(self, features: Tensor, item_embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the view of new items, and their neighbours among the items, the nearest by cosine.
+
+        A new item takes from its neighbours what it would if it had been there from the start and was nobody's
+        neighbour; the correlation graph has no part in it.
+
+        Args:
+            features: ``[n, d_m]``; a row of zeros has no neighbours.
+            item_embedding: of the items, ``[n_items, size]``; that of a new one counts as zero.
+
+        Returns:
+            ``[n, size]``, and the weights of the neighbours, ``[n, n_items]``.
+        """
+        rows = F.normalize(features, dim=1)
+        degree = torch.bincount(self.graph.edges().edge_index[0], minlength=self.n_items).clamp(min=1)
+        cosine, near = (rows @ self.features.T).topk(min(self.knn_k, self.n_items), dim=1)
+        kept = (cosine > 0).to(rows.dtype)
+        weight = kept * (kept.sum(1, keepdim=True).clamp(min=1) * degree[near]).rsqrt()
+        neighbours = torch.zeros(len(rows), self.n_items, dtype=rows.dtype, device=rows.device)
+        neighbours.scatter_(1, near, weight)
+        known = self.features
+        if self.gate is not None:
+            known = self.projection(known) * torch.sigmoid(self.gate(item_embedding))
+            rows = self.projection(rows) * torch.sigmoid(self.gate.bias)
+        if self.n_layers:  # layer l of a new item is layer l - 1 of its neighbours
+            inner = light_propagation(self._multiply, known, self.n_layers - 1)
+            rows = (rows + self.n_layers * (neighbours @ inner)) / (self.n_layers + 1)
+        return (rows if self.gate is not None else self.projection(rows)), neighbours
 
     def _project(self, table: Tensor, rows: Tensor) -> Tensor:
         if len(rows) < len(table):

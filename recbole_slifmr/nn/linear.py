@@ -38,6 +38,8 @@ from recbole_slifmr.nn.spectral import largest_singular
 Matrix: TypeAlias = "Tensor | scipy.sparse.csr_array"
 W = TypeVar("W", Tensor, scipy.sparse.csr_array)
 BLOCK = 1024  # rows of a dense matrix at a time
+TOLERANCE = 1e-8  # of conjugate gradients, relative
+MOST_STEPS = 2000
 
 
 class Source(NamedTuple):
@@ -60,15 +62,21 @@ def interaction_factor(users: np.ndarray, items: np.ndarray, n_users: int, n_ite
     return _binary(items, users, (n_items, n_users))
 
 
-def feature_factor(values: Tensor, mask: Tensor) -> Tensor:
+def feature_factor(values: Tensor, mask: Tensor, mean: Tensor | None = None) -> Tensor:
     """Return features less their mean, with rows of unit length, ``[n_items, d]`` float64.
 
     Args:
         values: ``[n_items, d]``.
         mask: ``[n_items]`` bool; the rows of other items are zeros, and do not count in the mean.
+        mean: ``[d]``; that of these features if None.
     """
-    centred = values.double() - values[mask].double().mean(0)
+    centred = values.double() - (feature_mean(values, mask) if mean is None else mean)
     return F.normalize(centred, dim=1) * mask.unsqueeze(1)
+
+
+def feature_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of the features ``[n_items, d]`` over the items of the mask ``[n_items]``, ``[d]`` float64."""
+    return values[mask].double().mean(0)
 
 
 def tag_factor(triples: np.ndarray, n_items: int, n_hops: int = 1) -> scipy.sparse.csr_array:
@@ -84,24 +92,51 @@ def tag_factor(triples: np.ndarray, n_items: int, n_hops: int = 1) -> scipy.spar
         n_items: number of items, the padding item 0 included.
         n_hops: 1 or 2.
     """
+    return tag_factors(triples, n_items, n_hops)[0]
+
+
+def tag_factors(
+    triples: np.ndarray, n_items: int, n_hops: int = 1, links: np.ndarray | None = None, n_new: int = 0
+) -> tuple[scipy.sparse.csr_array, scipy.sparse.csr_array]:
+    """Return :func:`tag_factor` and the tags that new items have of these, ``[n_new, n_tags]``.
+
+    New items change neither which tags there are nor what each counts.
+
+    Args:
+        triples: see :func:`tag_factor`.
+        n_items: see there.
+        n_hops: see there.
+        links: of the new items, ``[L, 3]``: which of them, ``2 * relation`` or, where the new item is the tail,
+            ``2 * relation + 1``, and the entity at the other end; none if None.
+        n_new: number of new items.
+    """
     head, relation, tail = triples.T
     start, end = np.concatenate([head, tail]), np.concatenate([tail, head])
     kind = np.concatenate([2 * relation, 2 * relation + 1])
     n_kinds = 2 * (int(relation.max(initial=0)) + 1)
     n_entities = max(n_items, int(triples[:, [0, 2]].max(initial=0)) + 1)
-    tags = _binary(start, kind * n_entities + end, (n_entities, n_kinds * n_entities))
-    found = [tags[:n_items]]
+    known = start < n_items
+    onward, steps = None, np.zeros(0, dtype=np.int64)
     if n_hops == 2:
+        tags = _binary(start, kind * n_entities + end, (n_entities, n_kinds * n_entities))
         onward = tags[:, np.unique(tags.indices[tags.indices % n_entities >= n_items])]
-        for step in range(n_kinds):
-            chosen = (kind == step) & (start < n_items) & (end >= n_items)
-            if chosen.any():
-                found.append(_binary(start[chosen], end[chosen], (n_items, n_entities)) @ onward)
-    every = scipy.sparse.hstack(found, format="csc")
+        steps = np.unique(kind[known & (end >= n_items)])
+
+    def rows(row: np.ndarray, kind: np.ndarray, end: np.ndarray, n_rows: int) -> scipy.sparse.csc_array:
+        found = [_binary(row, kind * n_entities + end, (n_rows, n_kinds * n_entities))]
+        for step in steps:
+            chosen = (kind == step) & (end >= n_items)
+            found.append(_binary(row[chosen], end[chosen], (n_rows, n_entities)) @ onward)
+        return scipy.sparse.hstack(found, format="csc")
+
+    every = rows(start[known], kind[known], end[known], n_items)
     frequency = np.diff(every.indptr)
-    shared = scipy.sparse.csc_array(every[:, frequency > 1])
-    shared.data = np.repeat(np.sqrt(np.log1p((n_items - 1) / frequency[frequency > 1])), frequency[frequency > 1])
-    return scipy.sparse.csr_array(shared)
+    shared = frequency > 1
+    scale = scipy.sparse.diags_array(np.sqrt(np.log1p((n_items - 1) / frequency[shared])))
+    of, way, other = np.zeros((3, 0), dtype=np.int64) if links is None else links.T
+    new = rows(of, way, other, n_new)
+    of_items, of_new = ((_ones(part[:, shared]) @ scale).tocsr() for part in (every, new))
+    return of_items, of_new
 
 
 def tag_vectors(triples: np.ndarray, n_items: int, size: int) -> Tensor:
@@ -115,18 +150,42 @@ def tag_vectors(triples: np.ndarray, n_items: int, size: int) -> Tensor:
         n_items: number of items, the padding item 0 included.
         size: most numbers per item.
     """
-    tags = tag_factor(triples, n_items)
-    length = np.sqrt(tags.power(2).sum(axis=1))
-    rows = scipy.sparse.csr_array(scipy.sparse.diags_array(1 / np.where(length > 0, length, 1)) @ tags)
+    rows = _unit_rows(tag_factor(triples, n_items))
     if rows.shape[1] <= size or n_items <= size:
         return torch.from_numpy(rows.toarray().astype(np.float32))
     left, values, _ = largest_singular(rows, size)
-    vectors = np.where(length[:, None] > 0, left * values, 0.0)
+    vectors = np.where(np.diff(rows.indptr)[:, None] > 0, left * values, 0.0)
     return torch.from_numpy(np.ascontiguousarray(vectors.astype(np.float32)))
 
 
+def new_tag_vectors(triples: np.ndarray, n_items: int, size: int, links: np.ndarray, n_new: int) -> Tensor:
+    """Return the tags of new items in the coordinates of :func:`tag_vectors`, ``[n_new, size]``.
+
+    Args:
+        triples: see there.
+        n_items: see there.
+        size: see there.
+        links: of the new items, ``[L, 3]``, see :func:`tag_factors`.
+        n_new: number of new items.
+    """
+    rows, new = (_unit_rows(part) for part in tag_factors(triples, n_items, 1, links, n_new))
+    if rows.shape[1] <= size or n_items <= size:
+        return torch.from_numpy(new.toarray().astype(np.float32))
+    directions = largest_singular(rows, size)[2]
+    return torch.from_numpy((new @ directions.T).astype(np.float32))
+
+
+def _unit_rows(matrix: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
+    length = np.sqrt(matrix.power(2).sum(axis=1))
+    return scipy.sparse.csr_array(scipy.sparse.diags_array(1 / np.where(length > 0, length, 1)) @ matrix)
+
+
 def _binary(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> scipy.sparse.csr_array:
-    matrix = scipy.sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
+    return _ones(scipy.sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=shape))
+
+
+def _ones(matrix: W) -> W:
+    """Set the entries of a sparse matrix to 1, in place."""
     matrix.data[:] = 1.0
     return matrix
 
@@ -215,6 +274,54 @@ def _mirror(matrix: Tensor) -> None:
         matrix[rows, rows.stop :] = matrix[rows.stop :, rows].T
         square = matrix[rows, rows]
         square.copy_(square.tril() + square.tril(-1).T)
+
+
+# -- new items -------------------------------------------------------------------------------------------------------
+
+
+def cross_gram(sources: Sequence[Source], new: Sequence[Source]) -> np.ndarray:
+    """Return the weighted sum of the inner products of items and new items, ``[n_items, n_new]`` float64.
+
+    Args:
+        sources: of the items.
+        new: the same sources of the new items, ``[n_new, c]`` each.
+    """
+    parts = []
+    for (factor, weight), (rows, _) in zip(sources, new, strict=True):
+        part = factor @ rows.T
+        parts.append(weight * (part.double().cpu().numpy() if isinstance(part, Tensor) else part.toarray()))
+    return np.sum(parts, axis=0)
+
+
+def solve_columns(sources: Sequence[Source], reg: float, wanted: np.ndarray) -> np.ndarray:
+    r"""Return :math:`(G + \lambda I)^{-1} Y`, ``[n_items, n]`` float64, without forming G.
+
+    With the cross-Gram matrix of new items for Y these are the weights that the items have in a ridge regression of the
+    new items' rows: what the closed form would give to new items if they had been among the others. By conjugate
+    gradients (Hestenes, Stiefel, 1952), divided by the diagonal, all columns at a time.
+
+    Args:
+        sources: of the Gram matrices G.
+        reg: :math:`\lambda`, above 0.
+        wanted: Y, ``[n_items, n]``.
+    """
+    factors = [(f.double().cpu().numpy() if isinstance(f, Tensor) else f, weight) for f, weight in sources]
+    diagonal = (_diagonal(sources) + reg).cpu().numpy()[:, None]
+    solution, residual = np.zeros_like(wanted), wanted.copy()
+    goal = TOLERANCE * np.linalg.norm(wanted, axis=0)
+    step = near = residual / diagonal
+    product = (residual * near).sum(axis=0)
+    for _ in range(MOST_STEPS):
+        if (np.linalg.norm(residual, axis=0) <= goal).all():
+            break
+        change = reg * step + sum(weight * (factor @ (factor.T @ step)) for factor, weight in factors)
+        length = product / np.maximum((step * change).sum(axis=0), np.finfo(float).tiny)
+        solution += length * step
+        residual -= length * change
+        near = residual / diagonal
+        last, product = product, (residual * near).sum(axis=0)
+        step = near + product / np.maximum(last, np.finfo(float).tiny) * step
+    return solution
 
 
 # -- solvers ---------------------------------------------------------------------------------------------------------

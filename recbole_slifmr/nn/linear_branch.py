@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recbole_slifmr.nn.linear import Matrix, Solver, Source, history_scores, residual_variances
+from recbole_slifmr.nn.linear import Matrix, Solver, Source, history_scores, residual_variances, solve_columns
 
 PAIRS = 4096  # pairs of user and item at a time
 MOST_LEVERAGE = 0.99  # of a user's row; with weights cut off, h may come out as 1 or more
@@ -88,6 +88,14 @@ class LinearBranch:
             history: ones where a user has an item, ``[n, n_items]``.
         """
         return history_scores(history, self.weights, self.device).mul_(self.scale)
+
+    def new_item_weights(self, wanted: np.ndarray) -> Tensor:
+        """Return the weights that the items have for new ones, ``[n_items, n_new]`` float32, times the scale.
+
+        Args:
+            wanted: the content's inner products of items and new items, ``[n_items, n_new]``.
+        """
+        return torch.from_numpy(solve_columns(self.sources, self.reg, wanted)).float().to(self.device).mul_(self.scale)
 
     def pair_scores(self, users: Tensor, items: Tensor) -> Tensor:
         """Return the scores of ``items [B, K]`` for ``users [B]``, ``[B, K]``."""

@@ -20,10 +20,12 @@ import numpy as np
 import pandas as pd
 
 from recbole_slifmr.data.convert.frames import NAME, as_tokens, convert_frames, find_column, is_whole, tokens_of
+from recbole_slifmr.data.new_items import read_new_items
 from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
 from recbole_slifmr.files import replace_folder, write_json
 from recbole_slifmr.serve.evaluate import evaluate
 from recbole_slifmr.serve.explain import make_explainer
+from recbole_slifmr.serve.new_items import NewItemScorer, check_model
 from recbole_slifmr.serve.newcomers import Score, recommend_for, scorer
 from recbole_slifmr.serve.recommend import Ranking, recommend, similar_items, table
 from recbole_slifmr.serve.trained import Trained, load_trained
@@ -184,6 +186,44 @@ class Recommender:
         (ranking,) = recommend_for(self._scorer, known, _positive(k), trained.n_items, allowed)
         return self._as_given([table(ranking, np.array([""]), trained.item_tokens).drop(columns="user")])
 
+    def recommend_new(
+        self,
+        items: pd.DataFrame,
+        triples: pd.DataFrame | None = None,
+        features: Mapping[str, Any] | None = None,
+        users: Any = None,
+        history: Any = None,
+        k: int = 10,
+    ) -> pd.DataFrame:
+        """Return the best of items that were not in training, by what is known of them: user, item, rank, score.
+
+        Exact for CEASE, AddEASE and L3AE, otherwise in part an approximation: see ``docs/recommend.md``.
+
+        Args:
+            items: a row per new item, as for :meth:`fit`.
+            triples: head, relation and tail; of those with an entity and a relation of the training.
+            features: as for :meth:`fit`, for some or all of the modalities of the training.
+            users: one or several, named as in the data; everybody if None.
+            history: instead, the items that a user has who was not in training; then there is no column ``user``.
+            k: items per user.
+
+        Raises:
+            DataError: for frames that cannot be used, unknown users, and new items of which nothing is known.
+            SettingError: for another model, or for users and a history at once.
+        """
+        trained = self.trained
+        if users is not None and history is not None:
+            raise SettingError("new items are recommended to users or for a history: name one of them")
+        check_model(trained)
+        columns = {role: name for role, name in self._about["columns"].items() if role != "user"}
+        scorer = NewItemScorer(trained, read_new_items(trained.dataset, items, triples, features, columns))
+        if history is not None:
+            (ranking,) = scorer.recommend_for([trained.item_ids(_tokens(history))], _positive(k))
+            return self._as_given([table(ranking, np.array([""]), scorer.tokens).drop(columns="user")])
+        ids = np.arange(1, trained.n_users) if users is None else trained.user_ids(_tokens(users))
+        rankings = scorer.recommend(ids, _positive(k))
+        return self._as_given([table(ranking, trained.user_tokens, scorer.tokens) for ranking in rankings])
+
     def similar(self, items: Any, k: int = 10) -> pd.DataFrame:
         """Return the items nearest to each of some items by cosine: item, similar_item, rank from 1, cosine.
 
@@ -290,6 +330,7 @@ class Recommender:
         joined = pd.concat(tables, ignore_index=True)
         columns = {"user": ["user"], "item": ["item", "similar_item"]}
         numbers = [name for role in self._about["numbers"] for name in columns[role] if name in joined]
+        numbers = [name for name in numbers if joined[name].str.fullmatch(r"-?\d+").all()]  # new items: any tokens
         return joined.astype(dict.fromkeys(numbers, "int64"))
 
 

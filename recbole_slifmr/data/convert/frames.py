@@ -79,7 +79,7 @@ def convert_frames(
         tokens = tables["items"][NAMES["item"]] if items is not None else None
         files = {}
         for name, values in (features or {}).items():
-            rows, matrix = _features(values, f"features['{name}']", tokens, columns)
+            rows, matrix = feature_rows(values, f"features['{name}']", tokens, columns)
             files[name] = folder / "features" / str(name) / "matrix.npy"
             files[name].parent.mkdir(parents=True)
             np.save(files[name], matrix)
@@ -194,7 +194,7 @@ def _items(frame: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     return table
 
 
-def _features(
+def feature_rows(
     values: Any, what: str, items: pd.Series | None, columns: Mapping[str, str]
 ) -> tuple[pd.Series, np.ndarray]:
     """Return item tokens ``[n]`` and rows ``[n, d]``."""

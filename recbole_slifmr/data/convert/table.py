@@ -181,17 +181,7 @@ def _add_features(
 ) -> None:
     features = {}
     for name, path in files.items():
-        find_file(path, f"the '{name}' features")
-        if path.suffix == ".npy":
-            ids_file, ids = _row_tokens(path, items, tokens)
-            values = read_npy(path)
-            if len(ids) != len(values):
-                raise DataError(f"{path} has {len(values)} rows but {ids_file} names {len(ids)} items: one row each")
-        elif path.suffix == ".parquet":
-            ids_file = path
-            ids, values = read_parquet(path, columns.item, None, "name the items' column with --item-column")
-        else:
-            raise DataError(f"{path}: features come from .npy or .parquet files")
+        ids_file, ids, values = read_feature_file(path, name, columns.item, items, tokens)
         check_finite(path, values)
         twice = pd.Series(ids).duplicated().to_numpy()
         if twice.any():
@@ -204,6 +194,33 @@ def _add_features(
             )
         features[name] = (ids, values)
     atomic.add_features(features)
+
+
+def read_feature_file(
+    path: Path, name: str, item_column: str, items: Path | None, tokens: pd.Series
+) -> tuple[Path, np.ndarray, np.ndarray]:
+    """Read the features of a modality; see :func:`convert_tables`.
+
+    Args:
+        path: the file.
+        name: of the modality, for messages.
+        item_column: of a ``.parquet`` file.
+        items: the file of items.
+        tokens: in it.
+
+    Returns:
+        the file that names the item of each row, the items ``[n]`` and the matrix ``[n, d]``.
+    """
+    find_file(path, f"the '{name}' features")
+    if path.suffix == ".parquet":
+        return path, *read_parquet(path, item_column, None, "name the items' column with --item-column")
+    if path.suffix != ".npy":
+        raise DataError(f"{path}: features come from .npy or .parquet files")
+    ids_file, ids = _row_tokens(path, items, tokens)
+    values = read_npy(path)
+    if len(ids) != len(values):
+        raise DataError(f"{path} has {len(values)} rows but {ids_file} names {len(ids)} items: one row each")
+    return ids_file, ids, values
 
 
 def _row_tokens(path: Path, items: Path | None, tokens: pd.Series) -> tuple[Path, np.ndarray]:
