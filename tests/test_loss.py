@@ -140,6 +140,28 @@ def test_alignment_uniformity_of_one_pair_is_its_alignment():
     assert alignment_uniformity(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 4).item() == pytest.approx(2.0)
 
 
+def test_masks_leave_rows_out():
+    torch.manual_seed(0)
+    query, key, mask = torch.randn(6, 3), torch.randn(6, 3), torch.tensor([True, False, True, True, False, False])
+    for loss in (cosine_distance, lambda query, key, *mask: alignment_uniformity(query, key, 6, *mask)):
+        torch.testing.assert_close(loss(query, key, mask), loss(query[mask], key[mask]))
+        assert loss(query, key, torch.zeros(6, dtype=torch.bool)).item() == 0
+    torch.testing.assert_close(bpr_loss(query[:, 0], key[:, 0], mask), bpr_loss(query[mask, 0], key[mask, 0]))
+
+
+def test_a_view_that_nobody_has_adds_nothing_and_has_finite_gradients():
+    users, items = torch.randn(3, 2, 4, requires_grad=True), torch.randn(3, 2, 4)
+    mask, ids = torch.tensor([[True, False]]).expand(3, 2), torch.arange(3)
+    for kind in ("infonce", "alignment_uniformity"):
+        both = intra_modal_loss(users, items, mask, ids, (items, mask, ids + 9), kind, 0.3, 2)
+        one = intra_modal_loss(
+            users[:, :1], items[:, :1], mask[:, :1], ids, (items[:, :1], mask[:, :1], ids + 9), kind, 0.3, 2
+        )
+        torch.testing.assert_close(both, one / 2)
+        (gradient,) = torch.autograd.grad(both, users)
+        assert gradient.isfinite().all() and not gradient[:, 1].any()
+
+
 def test_l2_by_hand():
     assert l2_loss(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.ones(2, 2)).item() == pytest.approx((25 + 4) / 4)
 
@@ -187,7 +209,7 @@ def test_intra_modal_loss_is_the_mean_over_the_views_that_both_have():
     other_mask = torch.tensor([[True, False], [True, True], [True, True], [True, True]])
     negatives = (others, other_mask, other_ids)
     first = info_nce(users[:, 0], items[:, 0], others[:2, 0], collision_mask(ids, other_ids[:2]), 0.3)
-    second = info_nce(users[some, 1], items[some, 1], others[1:3, 1], collision_mask(ids[some], other_ids[1:3]), 0.3)
+    second = info_nce(users[some, 1], items[some, 1], others[1:2, 1], collision_mask(ids[some], other_ids[1:2]), 0.3)
     torch.testing.assert_close(
         intra_modal_loss(users, items, mask, ids, negatives, "infonce", 0.3, 2), (first + second) / 2
     )

@@ -97,11 +97,10 @@ class BM3(GraphRecommender):
         rec = rec + cosine_distance(self.predictor(h_item), user_target)
         align = mask = torch.zeros_like(rec)
         for projection in self.projections.values():
-            rows = projection.mask[item].nonzero().squeeze(1)
-            h_feature = projection(item[rows])
+            known, h_feature = projection.mask[item], projection(item)
             online = self.predictor(h_feature)
-            align = align + cosine_distance(online, item_target[rows])
-            mask = mask + cosine_distance(online, self.target(h_feature))
+            align = align + cosine_distance(online, item_target, known)
+            mask = mask + cosine_distance(online, self.target(h_feature), known)
         reg = l2_loss(h_user, h_item)
         return (
             rec,

@@ -138,8 +138,6 @@ class FREEDOM(GraphRecommender):
         bpr = self.bpr(z_user, items, pos, neg)
         feature = torch.zeros_like(bpr)
         for projection in self.projections.values():
-            both = (projection.mask[pos] & projection.mask[neg]).nonzero().squeeze(1)
-            if len(both):
-                scores = [(z_user[both] * projection(ids[both])).sum(1) for ids in (pos, neg)]
-                feature = feature + bpr_loss(*scores)
+            pos_score, neg_score = ((z_user * projection(ids)).sum(1) for ids in (pos, neg))
+            feature = feature + bpr_loss(pos_score, neg_score, projection.mask[pos] & projection.mask[neg])
         return bpr, self.settings.feature_weight * feature

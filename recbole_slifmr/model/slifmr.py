@@ -91,12 +91,13 @@ class SLIFMR(FusedRecommender):
 
     settings_class = SLIFMRSettings
     settings: SLIFMRSettings
+    intra_views: Tensor
     other_parameter_name = ("feedback_index",)
     loss_names = Losses._fields
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        self.intra_view_indices = self._choose_views(self.settings.intra_views)
+        self.register_buffer("intra_views", self._choose_views(self.settings.intra_views), persistent=False)
         self.feedback_index = torch.zeros(2, 0, dtype=torch.long)
         self._set_item_block(empty_edges(self.device))
         if self.settings.embedding_start == "spectral":
@@ -122,10 +123,10 @@ class SLIFMR(FusedRecommender):
             if name not in known:
                 raise SettingError(f"intra_views: '{name}' is none of {', '.join(known)}")
 
-    def _choose_views(self, names: Sequence[str]) -> list[int]:
+    def _choose_views(self, names: Sequence[str]) -> Tensor:
         """Return the positions of the views that ``intra_views`` names."""
         chosen = set(names) | (set(self.feature_encoders) if "modality" in names else set())
-        return [v for v, name in enumerate(self.view_names) if name in chosen]
+        return torch.tensor([v for v, name in enumerate(self.view_names) if name in chosen], dtype=torch.long)
 
     @classmethod
     def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
@@ -172,21 +173,27 @@ class SLIFMR(FusedRecommender):
                 settings.inter_temperature,
                 settings.n_negatives,
             )
-        if settings.intra_weight and self.intra_view_indices:
-            chosen = torch.tensor(self.intra_view_indices, device=pos.device)
-            negatives = item_views[len(pos) :], item_mask[len(pos) :]
+        if settings.intra_weight and len(self.intra_views):
+            parts = (user_views, user_mask), (pos_views, pos_mask), (item_views[len(pos) :], item_mask[len(pos) :])
+            users, positives, negatives = (self._contrasted(*part) for part in parts)
             intra = intra_modal_loss(
-                user_views.index_select(1, chosen),
-                pos_views.index_select(1, chosen),
-                (user_mask & pos_mask)[:, chosen],
+                users[0],
+                positives[0],
+                users[1] & positives[1],
                 pos,
-                (negatives[0].index_select(1, chosen), negatives[1][:, chosen], neg),
+                (*negatives, neg),
                 settings.intra_loss,
                 settings.intra_temperature,
                 settings.n_negatives,
             )
         inter, intra = settings.inter_weight * inter, settings.intra_weight * intra
         return Losses(bpr, inter, intra, settings.reg_weight * self.ego_norm(user, pos, neg))
+
+    def _contrasted(self, views: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the views ``[B, V, d]`` that the intra-modal loss is on, and their mask ``[B, V]``."""
+        if len(self.intra_views) == views.shape[1]:
+            return views, mask
+        return views.index_select(1, self.intra_views), mask.index_select(1, self.intra_views)
 
     def _pair_scores(
         self, user: Tensor, pos: Tensor, neg: Tensor, z_user: Tensor, z_pos: Tensor, z_neg: Tensor

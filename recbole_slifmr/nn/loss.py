@@ -38,9 +38,16 @@ class Losses(NamedTuple):
     reg: Tensor
 
 
-def bpr_loss(pos_score: Tensor, neg_score: Tensor) -> Tensor:
-    """Return the mean BPR loss of ``pos_score [B]`` over ``neg_score [B]``."""
-    return F.softplus(neg_score - pos_score).mean()
+def bpr_loss(pos_score: Tensor, neg_score: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the mean BPR loss of ``pos_score [B]`` over ``neg_score [B]``, of the rows of the mask if there is one."""
+    return masked_mean(F.softplus(neg_score - pos_score), mask)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean of ``values [B]`` over ``mask [B]``; 0 if nothing is in it. A GPU need not be waited for."""
+    if mask is None:
+        return values.mean() if len(values) else values.sum()
+    return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 def hardest_negatives(
@@ -116,27 +123,35 @@ def contrast_nodes(pairs: Sequence[tuple[Tensor, Tensor]], ids: Tensor, temperat
 
 
 def _info_nce(
-    query: Tensor, key: Tensor, negative: Tensor, mask: Tensor, temperature: float, weight: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    negative: Tensor,
+    mask: Tensor,
+    temperature: float,
+    weight: Tensor | None = None,
+    absent: Tensor | None = None,
 ) -> Tensor:
-    """:func:`info_nce` of rows of unit length."""
+    """:func:`info_nce` of rows of unit length; ``absent [n]`` is added to the logits of the negatives."""
     if len(query) == 0 or len(negative) == 0:
         return 0 * query.sum()
     query = query / temperature
     positive = (query * key).sum(1)
-    terms = F.softplus(_ProductLogSumExp.apply(query, negative, mask) - positive)
+    terms = F.softplus(_ProductLogSumExp.apply(query, negative, mask, absent) - positive)
     return (terms if weight is None else weight * terms).mean()
 
 
 class _ProductLogSumExp(torch.autograd.Function):
-    """``logsumexp(query @ key.T + mask)`` over the keys, ``[B]``.
+    """``logsumexp(query @ key.T + mask + absent)`` over the keys, ``[B]``.
 
     Works in place on the one ``[B, n]`` matrix that it makes, and its backward is two matrix products: the contrastive
     terms are most of a training step, and autograd's own version passes over such matrices about three times as often.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, mask: Tensor, absent: Tensor | None) -> Tensor:
         logits = torch.addmm(mask.to(query.dtype), query, key.T)
+        if absent is not None:
+            logits.add_(absent)
         top = logits.amax(1, keepdim=True)
         exponential = logits.sub_(top).exp_()
         total = exponential.sum(1, keepdim=True)
@@ -144,40 +159,45 @@ class _ProductLogSumExp(torch.autograd.Function):
         return (top + total.log()).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         query, key, exponential, total = ctx.saved_tensors
         scale = grads[0].unsqueeze(1) / total
-        return scale * (exponential @ key), exponential.T @ (scale * query), None
+        return scale * (exponential @ key), exponential.T @ (scale * query), None, None
 
 
-def cosine_distance(query: Tensor, key: Tensor) -> Tensor:
-    """Return the mean of 1 - cosine over the rows of ``query`` and ``key [B, d]``; 0 for an empty batch."""
-    return (1 - F.cosine_similarity(query, key, dim=1)).mean() if len(query) else query.sum()
+def cosine_distance(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the mean of 1 - cosine over the rows of ``query`` and ``key [B, d]``, of the mask if any; 0 if empty."""
+    return masked_mean(1 - F.cosine_similarity(query, key, dim=1), mask)
 
 
-def alignment_uniformity(query: Tensor, key: Tensor, n_negatives: int) -> Tensor:
+def alignment_uniformity(query: Tensor, key: Tensor, n_negatives: int, mask: Tensor | None = None) -> Tensor:
     """Return alignment of query and key plus the mean uniformity of both.
 
     Args:
         query: ``[B, d]``.
         key: ``[B, d]``.
         n_negatives: uniformity is measured over the pairs of the first so many rows.
+        mask: ``[B]`` bool, the rows that take part; all if None.
 
     Returns:
         a scalar; 0 for an empty batch.
     """
-    if len(query) == 0:
-        return query.sum()
     query, key = unit(query), unit(key)
-    alignment = (query - key).pow(2).sum(1).mean()
-    spread = [_uniformity(rows[:n_negatives]) for rows in (query, key)]
+    alignment = masked_mean((query - key).pow(2).sum(1), mask)
+    some = None if mask is None else mask[:n_negatives]
+    spread = [_uniformity(rows[:n_negatives], some) for rows in (query, key)]
     return alignment + (spread[0] + spread[1]) / 2
 
 
-def _uniformity(rows: Tensor) -> Tensor:
+def _uniformity(rows: Tensor, mask: Tensor | None) -> Tensor:
     if len(rows) < 2:
         return rows.sum() * 0
-    return torch.pdist(rows).pow(2).mul(-2).exp().mean().log()
+    if mask is None:
+        return torch.pdist(rows).pow(2).mul(-2).exp().mean().log()
+    left, right = torch.triu_indices(len(rows), len(rows), 1, device=rows.device)
+    both = mask[left] & mask[right]
+    mean = masked_mean(torch.pdist(rows).pow(2).mul(-2).exp(), both)
+    return torch.where(both.any(), mean, 1.0).log()
 
 
 def inter_modal_loss(
@@ -198,10 +218,10 @@ def inter_modal_loss(
         the mean over the views, a scalar.
     """
     views, benchmark = unit(views), unit(benchmark.detach())
-    pairs = _pairs_by_view(views, [benchmark] * views.shape[1], mask, ids)
     if kind == "infonce":
-        return _mean_info_nce(pairs, [(target, ids) for _, target, ids in pairs], temperature, n_negatives)
-    return torch.stack([cosine_distance(view, target) for view, target, _ in pairs]).mean()
+        keys = benchmark.unsqueeze(1).expand_as(views)
+        return _mean_info_nce(views, keys, mask, ids, (keys, mask, ids), temperature, n_negatives)
+    return torch.stack([cosine_distance(views[:, v], benchmark, mask[:, v]) for v in range(views.shape[1])]).mean()
 
 
 def intra_modal_loss(
@@ -224,48 +244,43 @@ def intra_modal_loss(
         negatives: other items' views ``[N, V, d]``, mask ``[N, V]`` and ids ``[N]``, for InfoNCE.
         kind: one of ``INTRA_LOSSES``.
         temperature: of InfoNCE.
-        n_negatives: of either; InfoNCE takes the first that have the view.
+        n_negatives: of either; InfoNCE takes those of the first so many that have the view.
 
     Returns:
         the mean over the views, a scalar.
     """
-    pairs = _pairs_by_view(unit(users), unit(items).unbind(1), mask, ids)
     if kind == "infonce":
-        rows = unit(negatives[0])
-        others = [(view, ids) for view, _, ids in _pairs_by_view(rows, rows.unbind(1), *negatives[1:])]
-        return _mean_info_nce(pairs, others, temperature, n_negatives)
-    return torch.stack([alignment_uniformity(user, item, n_negatives) for user, item, _ in pairs]).mean()
-
-
-def _pairs_by_view(
-    queries: Tensor, keys: Sequence[Tensor], mask: Tensor, ids: Tensor
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return query, key and id of the rows that have each view; where all have it, nothing is copied."""
-    complete = mask.all(0).tolist()
-    pairs = []
-    for v, (query, key) in enumerate(zip(queries.unbind(1), keys, strict=True)):
-        if complete[v]:
-            pairs.append((query, key, ids))
-        else:
-            rows = mask[:, v].nonzero().squeeze(1)
-            pairs.append((query.index_select(0, rows), key.index_select(0, rows), ids[rows]))
-    return pairs
+        others = unit(negatives[0][:n_negatives]), negatives[1], negatives[2]
+        return _mean_info_nce(unit(users), unit(items), mask, ids, others, temperature, n_negatives)
+    return torch.stack(
+        [alignment_uniformity(users[:, v], items[:, v], n_negatives, mask[:, v]) for v in range(users.shape[1])]
+    ).mean()
 
 
 def _mean_info_nce(
-    pairs: Sequence[tuple[Tensor, Tensor, Tensor]],
-    negatives: Sequence[tuple[Tensor, Tensor]],
+    queries: Tensor,
+    keys: Tensor,
+    mask: Tensor,
+    ids: Tensor,
+    negatives: tuple[Tensor, Tensor, Tensor],
     temperature: float,
     n_negatives: int,
 ) -> Tensor:
-    masks: dict[tuple[int, int], Tensor] = {}  # the views that everyone has share one
-    terms = []
-    for (query, key, ids), (negative, negative_ids) in zip(pairs, negatives, strict=True):
-        which = id(ids), id(negative_ids)
-        if which not in masks:
-            masks[which] = collision_mask(ids, negative_ids[:n_negatives])
-        terms.append(_info_nce(query, key, negative[:n_negatives], masks[which], temperature))
-    return torch.stack(terms).mean()
+    """Return the mean over the views of InfoNCE, of rows of unit length ``[B, V, d]``.
+
+    Rows without a view count nothing in it: nothing is chosen by values, which a GPU would have to be waited for.
+    """
+    others, other_mask, other_ids = (part[:n_negatives] for part in negatives)
+    collisions = collision_mask(ids, other_ids)
+    absent = torch.zeros(other_mask.shape, device=ids.device).masked_fill_(~other_mask, -1e4)
+    weight = mask / mask.to(queries.dtype).mean(0).clamp(min=torch.finfo(queries.dtype).tiny)
+    parts = (part.unbind(1) for part in (queries, keys, others, weight, absent))
+    return torch.stack(
+        [
+            _info_nce(query, key, other, collisions, temperature, shares, gaps)
+            for query, key, other, shares, gaps in zip(*parts, strict=True)
+        ]
+    ).mean()
 
 
 def l2_loss(*embeddings: Tensor) -> Tensor:
