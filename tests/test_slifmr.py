@@ -13,6 +13,7 @@ from recbole_slifmr.data.dataset import choose_batch_size
 from recbole_slifmr.data.features import KG_TAGS
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.model import slifmr
 from recbole_slifmr.nn import loss
 from recbole_slifmr.nn.graph import knn_graph, unique_edges
 from recbole_slifmr.paths import ROOT
@@ -449,7 +450,23 @@ def test_printing_the_model_shows_the_sizes_of_its_graphs(tiny, build):
 # -- batches -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n, size", [(100, 2048), (100_000, 6250), (10**7, 8192)])
+def test_a_batch_in_parts_is_the_mean_of_the_parts(tiny, build, monkeypatch):
+    run = build(tiny, kg_view="both", n_candidates=2, inter_weight=0.2, train_batch_size=1000)
+    model, batch = run.model.train(), batch_of(run)
+    n_rows, size = len(batch["user_id"]), 30
+    parts = [batch[start : start + size] for start in range(0, n_rows, size)]
+    assert len(parts) > 2
+    terms = [torch.stack(model.calculate_loss(part)) * len(part["user_id"]) / n_rows for part in parts]
+    expected, parameters = torch.stack(terms).sum(0), list(model.parameters())
+    monkeypatch.setattr(slifmr, "PART", size)
+    actual = torch.stack(model.calculate_loss(batch))
+    torch.testing.assert_close(actual, expected)
+    gradients = [torch.autograd.grad(loss.sum(), parameters, allow_unused=True) for loss in (actual, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("n, size", [(100, 2048), (100_000, 6250), (10**7, 625_000)])
 def test_the_batch_follows_the_data_where_it_is_left_to_it(tiny, n, size):
     config = make_config("SLIFMR", "tiny", settings={"data_path": str(tiny.parent)})
     assert config["train_batch_size"] == "auto"

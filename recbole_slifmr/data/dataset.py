@@ -52,11 +52,11 @@ def feature_folder_of(config: Any) -> Path:
 
 
 AUTO = "auto"
-STEPS, SMALLEST_BATCH, LARGEST_BATCH = 16, 2048, 8192  # of an epoch with train_batch_size: auto
+STEPS, SMALLEST_BATCH = 16, 2048  # of an epoch with train_batch_size: auto
 
 
 def choose_batch_size(config: Any, n_interactions: int) -> None:
-    """Give ``train_batch_size: auto`` its value: so many interactions that an epoch has 16 steps, from 2048 to 8192.
+    """Give ``train_batch_size: auto`` its value: so many interactions that an epoch has 16 steps, 2048 at least.
 
     A model that propagates over whole graphs does so in every step. With a fixed batch, the time of an epoch would grow
     with the square of the interactions.
@@ -66,7 +66,7 @@ def choose_batch_size(config: Any, n_interactions: int) -> None:
         n_interactions: of the training split.
     """
     if config["train_batch_size"] == AUTO:
-        config["train_batch_size"] = min(max(n_interactions // STEPS, SMALLEST_BATCH), LARGEST_BATCH)
+        config["train_batch_size"] = max(n_interactions // STEPS, SMALLEST_BATCH)
 
 
 class SLIFMRDataset(KnowledgeBasedDataset):

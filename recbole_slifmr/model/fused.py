@@ -67,6 +67,21 @@ class Views(NamedTuple):
     item_mask: Tensor
 
 
+class Propagated(NamedTuple):
+    """What propagation over whole graphs gives.
+
+    Attributes:
+        views: of all users ``[n_users, d]`` and items ``[n_items, d]``; None for a view that is computed for the nodes
+            asked for, see :meth:`FusedRecommender.views_of`.
+        user_mask: ``[n_users, V]`` bool, whether the user has the view.
+        item_mask: ``[n_items, V]`` bool.
+    """
+
+    views: list[tuple[Tensor, Tensor] | None]
+    user_mask: Tensor
+    item_mask: Tensor
+
+
 @dataclass(frozen=True)
 class FusedSettings(FeatureSettings, GraphSettings):
     """The settings of encoders, fusion and score."""
@@ -205,36 +220,50 @@ class FusedRecommender(GraphRecommender):
         parts["training step"] += 4 * size * (n_layers + 4) * (n_items + n_others) * (len(triples) > 0)
         return parts
 
-    def encode(self, users: Tensor | None = None, items: Tensor | None = None) -> Views:
-        """Run every encoder over the whole graphs; return all nodes, or the ``users [B]`` and ``items [C]`` asked for.
+    def encode(self) -> Views:
+        """Run every encoder over the whole graphs; return the views of all nodes."""
+        views, user_mask, item_mask = self.propagate()
+        users, items = (torch.stack(part, dim=1) for part in zip(*filter(None, views), strict=True))
+        return Views(users, items, user_mask, item_mask)
 
-        Features without a gate are computed for the nodes asked for only: see ``FeatureEncoder``.
+    def propagate(self, by_rows: bool = False) -> Propagated:
+        """Run the encoders over the whole graphs.
+
+        Args:
+            by_rows: leave out the features without a gate, which :meth:`views_of` computes for the nodes asked for.
         """
         graph, item_embedding = self.interaction_encoder.graph, self.known(self.item_embedding.weight)
-        u_c, i_c = self.interaction_encoder(self.user_embedding.weight, item_embedding)
-        masks = [torch.ones(self.n_items, dtype=torch.bool, device=i_c.device)]
+        users, items = self.interaction_encoder(self.user_embedding.weight, item_embedding)
+        masks = [torch.ones(self.n_items, dtype=torch.bool, device=items.device)]
         if self.warm is not None:
-            i_c = lend_interactions(i_c, self.warm, [encoder.graph for encoder in self.feature_encoders.values()])
-            masks = [i_c.detach().any(dim=1)]
-        views = [(_rows(u_c, users), _rows(i_c, items))]
+            items = lend_interactions(items, self.warm, [encoder.graph for encoder in self.feature_encoders.values()])
+            masks = [items.detach().any(dim=1)]
+        views: list[tuple[Tensor, Tensor] | None] = [(users, items)]
         encoders: list[FeatureEncoder | KnowledgeEncoder] = [*self.feature_encoders.values()]
         encoders += [] if self.kg_encoder is None else [self.kg_encoder]
         for encoder in encoders:
             masks.append(encoder.mask)
-            if users is not None and items is not None and isinstance(encoder, FeatureEncoder) and encoder.gate is None:
-                views.append(encoder.rows(graph, users, items))
+            if by_rows and isinstance(encoder, FeatureEncoder) and encoder.gate is None:
+                views.append(None)
             else:
                 view = encoder(item_embedding)
-                views.append((_rows(graph.user_means(view, encoder.mask), users), _rows(view, items)))
+                views.append((graph.user_means(view, encoder.mask), view))
         item_mask = torch.stack(masks, dim=1)
         user_mask = graph.user_mask(item_mask)
         user_mask[:, 0] = True  # everyone has an embedding
-        return Views(
-            torch.stack([user_view for user_view, _ in views], dim=1),
-            torch.stack([item_view for _, item_view in views], dim=1),
-            _rows(user_mask, users),
-            _rows(item_mask, items),
-        )
+        return Propagated(views, user_mask, item_mask)
+
+    def views_of(self, propagated: Propagated, users: Tensor, items: Tensor) -> Views:
+        """Return the views of the ``users [B]`` and ``items [C]`` asked for, from what :meth:`propagate` returns."""
+        graph, rows = self.interaction_encoder.graph, []
+        for view, encoder in zip(propagated.views, [None, *self.feature_encoders.values(), None], strict=False):
+            if view is not None:
+                rows.append((view[0].index_select(0, users), view[1].index_select(0, items)))
+            elif encoder is not None:
+                rows.append(encoder.rows(graph, users, items))
+        of_users, of_items = (torch.stack(part, dim=1) for part in zip(*rows, strict=True))
+        masks = propagated.user_mask.index_select(0, users), propagated.item_mask.index_select(0, items)
+        return Views(of_users, of_items, *masks)
 
     def fuse(self, fusion: Fusion, views: Tensor, mask: Tensor) -> Tensor:
         """Fuse ``views [n, V, d]`` into ``z [n, d]``, with the interaction view as residual if so set."""
@@ -356,10 +385,6 @@ def linear_solver(settings: FusedSettings, n_items: int, device: torch.device | 
     if n_items > settings.linear_max_items:
         return NeighbourSolver(N_NEIGHBOURS)
     return DenseSolver(torch.float32, device)
-
-
-def _rows(nodes: Tensor, rows: Tensor | None) -> Tensor:
-    return nodes if rows is None else nodes.index_select(0, rows)
 
 
 def lend_interactions(view: Tensor, warm: Tensor, graphs: Iterable[SparseMatrix]) -> Tensor:

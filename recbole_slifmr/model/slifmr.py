@@ -28,12 +28,13 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from recbole_slifmr.data.cold import ColdScoring
 from recbole_slifmr.data.features import KG_TAGS
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import full_precision
-from recbole_slifmr.model.fused import FusedRecommender, FusedSettings
+from recbole_slifmr.model.fused import FusedRecommender, FusedSettings, Propagated
 from recbole_slifmr.model.settings import Count, Positive, Share, Weight, Whole
 from recbole_slifmr.nn.diagnostics import homogenisation, smoothing
 from recbole_slifmr.nn.graph import Edges, RefreshStats, correlation_graph, empty_edges, sum_edges, unweighted
@@ -49,6 +50,7 @@ from recbole_slifmr.nn.loss import (
 from recbole_slifmr.nn.spectral import spectral_embeddings
 
 STARTS = ("spectral", "random")
+PART = 16384  # rows of a batch at a time
 SPREAD = 3.0  # of spectral embeddings, in standard deviations of random ones
 
 
@@ -150,11 +152,26 @@ class SLIFMR(FusedRecommender):
 
     @full_precision
     def calculate_loss(self, interaction: Any) -> Losses:
-        """Return the terms of the loss for a batch of (user, positive item, negative item)."""
+        """Return the terms of the loss for a batch of (user, positive item, negative item).
+
+        The graphs are propagated over once. A large batch is then gone through in parts, each with negatives of its
+        own, whose intermediate results are computed again in the backward pass: memory does not grow with the batch.
+        """
         self.clear_cache()
-        user, pos, neg = self.batch_ids(interaction)
+        propagated, ids = self.propagate(by_rows=True), self.batch_ids(interaction)
+        n_rows = len(ids[0])
+        if n_rows <= PART:
+            return self._losses(propagated, *ids)
+        parts = [(part, len(part[0]) / n_rows) for part in zip(*(rows.split(PART) for rows in ids), strict=True)]
+        terms = [
+            torch.stack(checkpoint(self._losses, propagated, *part, use_reentrant=False)) * share
+            for part, share in parts
+        ]
+        return Losses(*torch.stack(terms).sum(0))
+
+    def _losses(self, propagated: Propagated, user: Tensor, pos: Tensor, neg: Tensor) -> Losses:
         items = torch.cat([pos, neg])
-        user_views, item_views, user_mask, item_mask = self.encode(user, items)
+        user_views, item_views, user_mask, item_mask = self.views_of(propagated, user, items)
         fused = self.fuse(self.item_fusion, item_views, item_mask)
         z_user = self.fuse(self.user_fusion, user_views, user_mask)
         z_pos, z_neg = fused.split([len(pos), len(neg)])

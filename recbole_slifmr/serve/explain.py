@@ -89,7 +89,8 @@ class Explainer:
         """
         model, items = self.model, np.unique(ranking.items)
         device = model.item_embedding.weight.device
-        views = model.encode(torch.from_numpy(ranking.users).to(device), torch.from_numpy(items).to(device))
+        ids = (torch.from_numpy(part).to(device) for part in (ranking.users, items))
+        views = model.views_of(model.propagate(by_rows=True), *ids)
         of_users = self._weights(model.user_fusion, views.users, views.user_mask)
         of_items = self._weights(model.item_fusion, views.items, views.item_mask)
         place = {int(item): row for row, item in enumerate(items)}
