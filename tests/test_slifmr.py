@@ -14,7 +14,7 @@ from recbole_slifmr.data.features import KG_TAGS
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.model import slifmr
-from recbole_slifmr.nn import loss
+from recbole_slifmr.nn import encoder, loss
 from recbole_slifmr.nn.graph import knn_graph, unique_edges
 from recbole_slifmr.paths import ROOT
 
@@ -464,6 +464,16 @@ def test_a_batch_in_parts_is_the_mean_of_the_parts(tiny, build, monkeypatch):
     gradients = [torch.autograd.grad(loss.sum(), parameters, allow_unused=True) for loss in (actual, expected)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_features_too_large_to_average_ahead_give_the_same_loss(tiny, build, monkeypatch):
+    model, batch = (run := build(tiny)).model.train(), batch_of(run)
+    ahead = torch.stack(model.calculate_loss(batch))
+    assert all(feature.user_features is not None for feature in model.feature_encoders.values())
+    monkeypatch.setattr(encoder, "MOST_AHEAD", 0)
+    model = (run := build(tiny)).model.train()
+    torch.testing.assert_close(torch.stack(model.calculate_loss(batch)), ahead)
+    assert all(feature.user_features is None for feature in model.feature_encoders.values())
 
 
 @pytest.mark.parametrize("n, size", [(100, 2048), (100_000, 6250), (10**7, 625_000)])

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from recbole_slifmr.data.features import KG_TAGS, ItemFeatures
 from recbole_slifmr.data.new_items import NewItems
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.model.base import GraphRecommender, feature_size
+from recbole_slifmr.model.base import GraphRecommender
 from recbole_slifmr.model.linear import content_sources, new_content_sources
 from recbole_slifmr.model.settings import Count, FeatureSettings, GraphSettings, Positive, Weight, Whole
 from recbole_slifmr.nn.encoder import (
+    MOST_AHEAD,
     RELATION_WEIGHTS,
     FeatureEncoder,
     InteractionGraph,
@@ -204,16 +205,17 @@ class FusedRecommender(GraphRecommender):
         parts = super().memory_parts(settings, dataset, batch_size)
         n_items, size, n_layers = dataset.item_num, settings.embedding_size, settings.kg_n_layers
         triples, n_others = dataset.triples[:0], 0
-        n_numbers, n_views = feature_size(dataset), len(dataset.item_features)
+        sizes = [features.values.shape[1] for features in dataset.item_features.values()]
         if settings.kg_view in ("graph", "both"):
             degrees = settings.kg_min_degree, settings.kg_max_degree
             triples = filter_by_degree(dataset.triples, dataset.entity_num, n_items, degrees)
             n_others = int((triples[:, [0, 2]].unique() >= n_items).sum())
         if len(dataset.triples) and settings.kg_view in ("tags", "both"):
-            n_numbers, n_views = n_numbers + MOST_TAG_NUMBERS, n_views + 1
+            sizes.append(MOST_TAG_NUMBERS)
         parts["parameters and Adam"] += 16 * size * n_others
-        parts["features"] = 4 * n_numbers * (2 * n_items + dataset.user_num)
-        parts["item graphs"] = 16 * n_views * settings.knn_k * n_items
+        ahead = [numbers for numbers in (n * dataset.user_num for n in sizes) if numbers <= MOST_AHEAD]
+        parts["features"] = 4 * (2 * sum(sizes) * n_items + sum(ahead))
+        parts["item graphs"] = 16 * len(sizes) * settings.knn_k * n_items
         if linear_weight(settings, dataset):
             parts["linear branch"] = linear_solver(settings, n_items, "cpu").estimate_memory(n_items, 1)
         parts["knowledge graph"] = 2 * len(triples) * (16 * n_layers + 52)
@@ -230,7 +232,7 @@ class FusedRecommender(GraphRecommender):
         """Run the encoders over the whole graphs.
 
         Args:
-            by_rows: leave out the features without a gate, which :meth:`views_of` computes for the nodes asked for.
+            by_rows: leave out the features that :meth:`views_of` computes for the nodes asked for.
         """
         graph, item_embedding = self.interaction_encoder.graph, self.known(self.item_embedding.weight)
         users, items = self.interaction_encoder(self.user_embedding.weight, item_embedding)
@@ -243,7 +245,7 @@ class FusedRecommender(GraphRecommender):
         encoders += [] if self.kg_encoder is None else [self.kg_encoder]
         for encoder in encoders:
             masks.append(encoder.mask)
-            if by_rows and isinstance(encoder, FeatureEncoder) and encoder.gate is None:
+            if by_rows and isinstance(encoder, FeatureEncoder) and encoder.is_ahead(self.n_users):
                 views.append(None)
             else:
                 view = encoder(item_embedding)

@@ -133,6 +133,7 @@ class SLIFMR(FusedRecommender):
     @classmethod
     def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
         """Return the bytes of what is fused, of the correlation graph, the contrasts of a step and a refresh."""
+        batch_size = min(batch_size, PART)
         parts = super().memory_parts(settings, dataset, batch_size)
         n_views, n_items = 3 + len(dataset.item_features), dataset.item_num
         parts["item graphs"] += 2 * settings.refresh_k * n_items * (20 + 8 * n_views)

@@ -26,6 +26,7 @@ from recbole_slifmr.nn.layers import light_propagation, unit
 from recbole_slifmr.nn.sparse import RelationalMatrix, SparseMatrix
 
 RELATION_WEIGHTS = ("learned", "uniform")
+MOST_AHEAD = 2**28  # numbers of users' mean features, 1 GiB
 
 
 class InteractionGraph(nn.Module):
@@ -141,7 +142,8 @@ class FeatureEncoder(nn.Module):
     :math:`(1 - \eta_m) A_m^{(0)} + \eta_m S`.
 
     Without a gate :math:`P (X W) = (P X) W`: the features are propagated once per refresh, in ``set_feedback``, and
-    averaged over the items of each user once per graph, so that a batch projects only its own rows.
+    averaged over the items of each user once per graph, so that a batch projects only its own rows. Where these means
+    would be more than ``MOST_AHEAD`` numbers, items are projected first and then averaged, in every step.
 
     Args:
         features: ``[n_items, d_m]``; each row is scaled to unit length. A row of zeros has no neighbours but those of
@@ -208,8 +210,12 @@ class FeatureEncoder(nn.Module):
         hidden = self.projection(self.features) * torch.sigmoid(self.gate(item_embedding))
         return light_propagation(self._multiply, hidden, self.n_layers)
 
+    def is_ahead(self, n_users: int) -> bool:
+        """Return whether the features are averaged ahead, so that :meth:`rows` may be asked for."""
+        return self.gate is None and n_users * self.features.shape[1] <= MOST_AHEAD
+
     def rows(self, graph: InteractionGraph, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the view of some users and items without computing that of all; for an encoder without gate.
+        """Return the view of some users and items without computing that of all; see :meth:`is_ahead`.
 
         Args:
             graph: the interactions that a user's mean is over.
