@@ -122,7 +122,7 @@ def scratch(threads: int) -> Iterator[None]:
 
 
 def _measure(job: Job) -> dict[str, Any]:
-    settings = {"train_batch_size": 2048, "embedding_size": 64, "show_progress": False, "state": "ERROR"}
+    settings: dict[str, Any] = {"embedding_size": 64, "show_progress": False, "state": "ERROR"}
     if job.data_path is not None:
         settings["data_path"] = job.data_path
     config = make_config(job.model, job.dataset, settings={**settings, **job.settings})

@@ -25,7 +25,6 @@ from benchmarks.synthetic import PRESETS, ensure
 
 OUTPUT = Path(__file__).parent / "out"
 SERIES = ("1x", "2x", "4x", "8x")
-TRAINING_SHARE = 0.8  # of the interactions, in RecBole's default split
 DISTURBED = 0.1  # share of the CPU time that others took
 COLUMNS = {
     "data": "data set",
@@ -69,13 +68,11 @@ def parse_settings(context: click.Context, parameter: click.Parameter, values: S
 @click.option("--eval_batch_sizes", default="", callback=parse_names, help="More eval_batch_size to evaluate with.")
 @click.option("--repeats", default=1, show_default=True, help="Rounds over all models; the least figures count.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
-@click.option("--batches", default=0, help="Batches per epoch: train_batch_size grows with the data.  [2,048 fixed]")
 @click.option("--set", "settings", multiple=True, callback=parse_settings, help="A setting of every model, name=value.")
 @click.option("--out", default=str(OUTPUT / "speed.json"), show_default=True, help="The file of results.")
 def main(
     presets: list[str], models: list[str], data_path: str | None, data_dir: str, seed: int, steps: int,
-    eval_batches: int, eval_batch_sizes: list[str], repeats: int, threads: int, batches: int,
-    settings: dict[str, Any], out: str,
+    eval_batches: int, eval_batch_sizes: list[str], repeats: int, threads: int, settings: dict[str, Any], out: str,
 ) -> None:  # fmt: skip
     """Measure each model on each data set in a process of its own; print tables and a JSON line per result."""
     from benchmarks.measure import Job
@@ -87,12 +84,7 @@ def main(
             path = str(ensure(f"synthetic-{preset}", PRESETS[preset], data_dir, seed).parent.resolve())
         name = f"synthetic-{preset}" if preset in PRESETS else preset
         sizes = tuple(int(size) for size in eval_batch_sizes)
-        chosen = dict(settings)
-        if batches:
-            if preset not in PRESETS:
-                raise click.UsageError(f"--batches works with synthetic presets: '{preset}' is none")
-            chosen["train_batch_size"] = math.ceil(TRAINING_SHARE * PRESETS[preset].interactions / batches)
-        jobs += [Job(preset, model, name, path, steps, eval_batches, sizes, threads, chosen) for model in models]
+        jobs += [Job(preset, model, name, path, steps, eval_batches, sizes, threads, settings) for model in models]
     rounds: list[list[dict[str, Any]]] = []
     for _ in range(repeats):
         rounds.append([])
@@ -108,7 +100,6 @@ def main(
             "eval_batches": eval_batches,
             "repeats": repeats,
             "seed": seed,
-            "batches": batches,
             **settings,
         },
         "results": results,
@@ -173,10 +164,7 @@ def ratios(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def exponents(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return, by model, the exponents of epoch, step and memory over the edges of the series; least squares on logs.
-
-    The batch size is the same at every size, so that an epoch has more steps the larger the set is.
-    """
+    """Return, by model, the exponents of epoch, step and memory over the edges of the series; least squares on logs."""
     points: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         if result["preset"] in SERIES and "error" not in result:
