@@ -164,7 +164,7 @@ def test_few_neighbours_are_the_optimum_over_them(sources):
 def test_leave_one_out_scores_are_those_of_weights_fitted_without_the_user(sources, solver):
     history = sources[0].factor.T.tocsr()
     x = history.toarray()
-    branch = LinearBranch(history, sources, REG, 2.5, solver, "cpu")
+    branch = LinearBranch(history, lambda: sources, REG, 2.5, solver, "cpu")
     full = sum(dense(source) @ dense(source).T for source in sources)
     expected = np.stack([row @ plain_ease(full - np.outer(row, row), REG) for row in x])
     users, items = torch.arange(N_USERS), torch.arange(N_ITEMS).expand(N_USERS, -1)

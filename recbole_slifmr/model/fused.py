@@ -182,16 +182,14 @@ class FusedRecommender(GraphRecommender):
 
     def _linear_branch(self, dataset: Any, weight: float) -> LinearBranch:
         settings, (users, items) = self.settings, self.training_interactions(dataset).cpu().numpy()
-        interactions = interaction_factor(users, items, self.n_users, self.n_items)
-        content = content_sources(dataset, {}, settings.linear_feature_weight, settings.linear_kg_weight)
-        return LinearBranch(
-            interactions.T.tocsr(),
-            [Source(interactions), *content.values()],
-            settings.linear_reg_weight,
-            weight,
-            linear_solver(settings, self.n_items, self.device),
-            self.device,
-        )
+        history = interaction_factor(users, items, self.n_users, self.n_items).T.tocsr()
+
+        def sources() -> list[Source]:
+            content = content_sources(dataset, {}, settings.linear_feature_weight, settings.linear_kg_weight)
+            return [Source(history.T.tocsr()), *content.values()]
+
+        solver = linear_solver(settings, self.n_items, self.device)
+        return LinearBranch(history, sources, settings.linear_reg_weight, weight, solver, self.device)
 
     def reset_parameters(self) -> None:
         """Initialise all parameters; fusion starts as the plain mean of the views."""

@@ -159,10 +159,11 @@ class SLIFMR(FusedRecommender):
         own, whose intermediate results are computed again in the backward pass: memory does not grow with the batch.
         """
         self.clear_cache()
-        propagated, ids = self.propagate(by_rows=True), self.batch_ids(interaction)
+        ids = self.batch_ids(interaction)
         n_rows = len(ids[0])
         if n_rows <= PART:
-            return self._losses(propagated, *ids)
+            return self._losses(self.propagate(by_rows=True), *ids)
+        propagated = self.propagate()
         parts = [(part, len(part[0]) / n_rows) for part in zip(*(rows.split(PART) for rows in ids), strict=True)]
         terms = [
             torch.stack(checkpoint(self._losses, propagated, *part, use_reentrant=False)) * share

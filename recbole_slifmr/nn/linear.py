@@ -228,12 +228,25 @@ def residual_variances(sources: Sequence[Source], reg: float, weights: Matrix) -
     """
     n_items = weights.shape[0]
     explained = torch.empty(n_items, dtype=torch.float64)
-    columns = weights if isinstance(weights, Tensor) else weights.tocsc()
+    columns = weights if isinstance(weights, Tensor) else weights.T.tocsr()
     for rows in _blocks(n_items):
-        part = columns[:, rows]
-        part = part.double().cpu() if isinstance(part, Tensor) else torch.from_numpy(part.toarray())
-        explained[rows] = (gram_rows(sources, rows).T * part).sum(0)
+        if isinstance(columns, Tensor):
+            explained[rows] = (gram_rows(sources, rows).T * columns[:, rows].double().cpu()).sum(0)
+        else:
+            explained[rows] = torch.from_numpy(_explained(sources, rows, columns[rows]))
     return _diagonal(sources) + reg - explained
+
+
+def _explained(sources: Sequence[Source], rows: slice, weights: scipy.sparse.csr_array) -> np.ndarray:
+    r"""Return :math:`\sum_i G_{ij} B_{ij}` of some items j, ``[len(rows)]``, from the rows of :math:`B^T`."""
+    total = np.zeros(weights.shape[0])
+    for factor, weight in sources:
+        if isinstance(factor, Tensor):
+            values = factor.cpu().numpy()
+            total += weight * np.einsum("jc,jc->j", weights @ values, values[rows])
+        else:
+            total += weight * (weights @ factor).multiply(factor[rows]).sum(axis=1)
+    return total
 
 
 def _blocks(n_items: int, step: int = BLOCK) -> Iterator[slice]:

@@ -17,7 +17,7 @@ the Sherman-Morrison formula. Where B has no more than a fixed number of weights
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,8 @@ class LinearBranch:
 
     Args:
         history: which users have which item, ``[n_users, n_items]``.
-        sources: the interactions and what else is known of the items.
+        sources: returns the interactions and what else is known of the items, in which solving takes double precision;
+            they are not kept.
         reg: :math:`\lambda`.
         size: mean score of a training interaction.
         solver: of B.
@@ -50,7 +51,7 @@ class LinearBranch:
     def __init__(
         self,
         history: scipy.sparse.csr_array,
-        sources: Sequence[Source],
+        sources: Callable[[], Sequence[Source]],
         reg: float,
         size: float,
         solver: Solver[Any],
@@ -95,7 +96,8 @@ class LinearBranch:
         Args:
             wanted: the content's inner products of items and new items, ``[n_items, n_new]``.
         """
-        return torch.from_numpy(solve_columns(self.sources, self.reg, wanted)).float().to(self.device).mul_(self.scale)
+        weights = torch.from_numpy(solve_columns(self.sources(), self.reg, wanted))
+        return weights.float().to(self.device).mul_(self.scale)
 
     def pair_scores(self, users: Tensor, items: Tensor) -> Tensor:
         """Return the scores of ``items [B, K]`` for ``users [B]``, ``[B, K]``."""
@@ -116,8 +118,10 @@ class LinearBranch:
     def _solution(self) -> tuple[Matrix, Tensor, Tensor, float]:
         """Return B, the diagonal of P ``[n_items]``, the leverage h of each user ``[n_users]`` and the scale."""
         if self._solved is None:
-            weights = self.solver.solve(self.sources, self.reg)
-            variance = (1 / residual_variances(self.sources, self.reg, weights)).float().to(self.device)
+            sources = self.sources()
+            weights = self.solver.solve(sources, self.reg)
+            variance = (1 / residual_variances(sources, self.reg, weights)).float().to(self.device)
+            del sources
             weights = weights.float().to(self.device) if isinstance(weights, Tensor) else weights
             users = torch.repeat_interleave(torch.arange(len(self._bounds) - 1, device=self.device), self._counts())
             sums = [
