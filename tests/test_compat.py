@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -666,6 +667,25 @@ def check_anomaly_detection() -> None:
     assert apply_only("anomaly_detection") == ["anomaly_detection"]
     assert not torch.is_anomaly_enabled()
     assert apply_only("anomaly_detection") == []
+
+
+@check
+def check_shared_folders() -> None:
+    """Another process makes the folder between the look and the making."""
+    from recbole.data import utils as data_utils
+    from recbole.utils import ensure_dir, logger, utils
+
+    compat.apply(skip={"shared_folders"})
+    look = os.path.exists
+    slow = patch.object(os.path, "exists", lambda path: look(path) or bool(os.makedirs(path)))
+    with slow, pytest.raises(FileExistsError):
+        ensure_dir("first/saved")
+    assert apply_only("shared_folders") == ["shared_folders"]
+    with patch.object(os.path, "exists", lambda path: False):
+        for number, module in enumerate((utils, logger, data_utils)):
+            for _ in range(2):
+                module.ensure_dir(f"second/{number}")
+            assert os.path.isdir(f"second/{number}")
 
 
 @check

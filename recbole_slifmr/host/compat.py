@@ -623,6 +623,23 @@ def _unique(get_local_time: Callable[[], str]) -> Callable[[], str]:
 
 
 @_repair
+def shared_folders() -> bool:
+    """Let several processes make the same folder at once (`utils.py`, and where `ensure_dir` is imported).
+
+    `ensure_dir` looks whether a folder is there and then makes it; of two processes of a run that start in an empty
+    folder one could end with a FileExistsError. Not needed once it passes `exist_ok`.
+    """
+    names = ("recbole.utils.utils", "recbole.utils", "recbole.utils.logger", "recbole.trainer.trainer")
+    names += ("recbole.data.dataset.dataset", "recbole.data.utils")
+    modules: list[Any] = [importlib.import_module(name) for name in names]
+    if "exist_ok" in inspect.getsource(modules[0].ensure_dir):
+        return False
+    for module in modules:
+        module.ensure_dir = functools.partial(os.makedirs, exist_ok=True)
+    return True
+
+
+@_repair
 def metric_inputs() -> bool:
     """Let metrics that need counts run (`collector.py`), such as ItemCoverage and AveragePopularity.
 
