@@ -629,9 +629,8 @@ def shared_folders() -> bool:
     `ensure_dir` looks whether a folder is there and then makes it; of two processes of a run that start in an empty
     folder one could end with a FileExistsError. Not needed once it passes `exist_ok`.
     """
-    names = ("recbole.utils.utils", "recbole.utils", "recbole.utils.logger", "recbole.trainer.trainer")
-    names += ("recbole.data.dataset.dataset", "recbole.data.utils")
-    modules: list[Any] = [importlib.import_module(name) for name in names]
+    names = ("utils.utils", "utils", "utils.logger", "trainer.trainer", "data.dataset.dataset", "data.utils")
+    modules: list[Any] = [importlib.import_module(f"recbole.{name}") for name in names]
     if "exist_ok" in inspect.getsource(modules[0].ensure_dir):
         return False
     for module in modules:
