@@ -16,7 +16,7 @@ from scipy import stats
 
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.study import runs, statistics, tables
-from recbole_slifmr.study.benchmark import benchmark, make_plan, origin_of_settings
+from recbole_slifmr.study.benchmark import benchmark, make_plan, origin_of_settings, run_plan
 from recbole_slifmr.study.page import write_page
 from recbole_slifmr.training.evaluation import evaluate, item_groups, mask_training_items_only
 from recbole_slifmr.training.experiment import fingerprint
@@ -117,6 +117,20 @@ def test_models_with_different_data_are_refused(folder):
 def test_a_random_split_is_the_same_for_all_seeds(folder):
     plan = plan_of(folder, seeds=2)
     assert runs.check(plan.tasks[:1]) == runs.check(plan.tasks[1:2]) == runs.check(plan.tasks)
+
+
+def test_a_model_that_draws_nothing_is_run_once(folder):
+    models = ["BPR", "EASE", "CEASE"]
+    plan = plan_of(folder, models=models, seeds=3, settings={"noise": {"interaction_add": 0.1}})
+    assert [task.title for task in plan.tasks] == [model for model in models for _ in range(3)]  # noise is drawn
+    plan = plan_of(folder, models=models, seeds=3)
+    assert [task.title for task in plan.tasks] == ["BPR"] * 3 + ["EASE", "CEASE"]
+    frame = run_plan(plan)
+    text = (plan.out / "table.md").read_text()
+    row = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert "±" in row["BPR"] and "±" not in row["EASE"] + row["CEASE"]
+    assert "over BPR: 3, CEASE: 1, EASE: 1 seeds" in " ".join(text.split())
+    assert len(frame) == 5
 
 
 def test_lightgcn_is_recbole_s_lightgcn(folder, monkeypatch):

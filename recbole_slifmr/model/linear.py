@@ -62,6 +62,7 @@ class LinearRecommender(DeclaredRecommender):
         dataset: a :class:`~recbole_slifmr.data.dataset.SLIFMRDataset`, the training split.
 
     Attributes:
+        deterministic: it draws nothing, so that a comparison runs it with one seed.
         n_matrices: of weights, that exist at a time while the model is solved.
         sources: ``interaction``, the modalities by name, and ``kg``; without those that are absent or have no weight.
 
@@ -73,6 +74,7 @@ class LinearRecommender(DeclaredRecommender):
     input_type = InputType.POINTWISE
     settings: LinearSettings
     loss_names = ("none",)
+    deterministic = True
     n_matrices: ClassVar[int]
 
     @classmethod

@@ -30,6 +30,7 @@ PROTOCOL = (
     "eval_step",
     "valid_metric",
 )  # the same for all, whatever a file of parameters says
+DETERMINISTIC = ("EASE", "ItemKNN", "Pop")  # models of RecBole that draw nothing
 ONE_SEED = (
     "one seed: stars and intervals are over the users of one training run and say nothing of how training varies."
 )
@@ -195,7 +196,7 @@ def make_tasks(
         dataset: name of the data set's folder under ``data_path``.
         variants: what to run.
         out: folder of the outputs.
-        seeds: number of training seeds.
+        seeds: number of training seeds; a model that draws nothing is run once.
         config_files: YAML files of settings for all models.
         settings: settings for all models, which win over the files.
         params: folder with ``MODEL.yaml`` or ``MODEL/best.yaml``, which win over ``config_files``.
@@ -238,12 +239,19 @@ def make_tasks(
     for variant in variants:
         model = variant.model
         values = {**shared[model], **_changed(variant, dataset, own_files[model], shared[model])}
-        for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+        once = is_deterministic(make_config(model, dataset, list(own_files[model]), values))
+        for seed in range(FIRST_SEED, FIRST_SEED + (1 if once else seeds)):
             task = Task(
                 model, seed, dataset, out, own_files[model], values, FIRST_SEED, test_mask, threads, variant.label
             )
             tasks.append(replace(task, folder=folders.of(task)))
     return tuple(tasks), tuned
+
+
+def is_deterministic(config: Any) -> bool:
+    """Return whether a run is the same with every seed: the model draws nothing, nor does noise in its inputs."""
+    by_name = config["model"] in DETERMINISTIC
+    return getattr(config.model_class, "deterministic", by_name) and not config["noise"]
 
 
 class _Folders:
