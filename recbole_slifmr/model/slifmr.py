@@ -50,7 +50,7 @@ from recbole_slifmr.nn.loss import (
 from recbole_slifmr.nn.spectral import spectral_embeddings
 
 STARTS = ("spectral", "random")
-PART = 16384  # rows of a batch at a time
+PART = 20480  # most rows of a batch at a time
 SPREAD = 3.0  # of spectral embeddings, in standard deviations of random ones
 
 
@@ -164,7 +164,8 @@ class SLIFMR(FusedRecommender):
         if n_rows <= PART:
             return self._losses(self.propagate(by_rows=True), *ids)
         propagated = self.propagate()
-        parts = [(part, len(part[0]) / n_rows) for part in zip(*(rows.split(PART) for rows in ids), strict=True)]
+        n_parts = -(-n_rows // PART)
+        parts = [(part, len(part[0]) / n_rows) for part in zip(*(rows.chunk(n_parts) for rows in ids), strict=True)]
         terms = [
             torch.stack(checkpoint(self._losses, propagated, *part, use_reentrant=False)) * share
             for part, share in parts
