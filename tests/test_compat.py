@@ -1069,7 +1069,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     wanted = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
     command = [sys.executable, "-W", "ignore", __file__, *wanted]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_DATA_HOME": str(folder)}
-    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=300)
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=900)
     return folder
 
 
