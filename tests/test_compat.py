@@ -984,6 +984,7 @@ def check_not_needed() -> None:
     Collector.get_data_struct = lambda self: self.data_struct
     KnowledgeBasedDataLoader.dataset = None
     utils.get_flops = lambda *args, **kwargs: 0
+    utils.ensure_dir = lambda path: os.makedirs(path, exist_ok=True)
     trainer.amp = torch.amp
     Config._init_device = lambda self: None
     trainer.AbstractTrainer.__init__ = lambda self, config, model: {"broadcast_buffers": False}

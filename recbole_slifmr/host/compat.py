@@ -634,8 +634,12 @@ def shared_folders() -> bool:
     if "exist_ok" in inspect.getsource(modules[0].ensure_dir):
         return False
     for module in modules:
-        module.ensure_dir = functools.partial(os.makedirs, exist_ok=True)
+        module.ensure_dir = _make_folder
     return True
+
+
+def _make_folder(dir_path: str) -> None:
+    os.makedirs(dir_path, exist_ok=True)
 
 
 @_repair
