@@ -442,8 +442,8 @@ class NeighbourSolver:
         scale = (_diagonal(sources) + reg + prior_weight).rsqrt()
         columns = None if prior is None else prior.tocsc()
         k = min(self.n_neighbours, n_items - 1)
-        near, values = [], []
-        for block in _blocks(n_items, self.step):
+        near, values = torch.empty(n_items, k, dtype=torch.int64), torch.empty(n_items, k, dtype=torch.float64)
+        for block in _blocks(n_items, self.step):  # nothing that stays is made in here: it would lie in freed blocks
             wanted = gram_rows(sources, block)
             if columns is not None:
                 wanted += prior_weight * torch.from_numpy(columns[:, block].T.toarray())
@@ -455,9 +455,9 @@ class NeighbourSolver:
             lower, info = torch.linalg.cholesky_ex(system)
             if info.any():
                 raise SettingError("the item-item matrix is not positive definite: set reg_weight higher")
-            values.append(torch.cholesky_solve(wanted.gather(1, neighbours).unsqueeze(2), lower).squeeze(2))
-            near.append(neighbours)
-        entries = torch.cat(values).flatten().numpy(), torch.cat(near).flatten().numpy()
+            values[block] = torch.cholesky_solve(wanted.gather(1, neighbours).unsqueeze(2), lower).squeeze(2)
+            near[block] = neighbours
+        entries = values.flatten().numpy(), near.flatten().numpy()
         weights = scipy.sparse.csc_array((*entries, np.arange(n_items + 1) * k), shape=(n_items, n_items))
         weights.eliminate_zeros()
         return weights.tocsr()
