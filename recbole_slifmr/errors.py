@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 
 class DataError(ValueError):
@@ -27,6 +28,12 @@ class ProcessError(RuntimeError):
 
 class ReportError(RuntimeError):
     """The runs are done and kept, but their tables or plots could not be written."""
+
+
+def name_some(tokens: Sequence[str], most: int = 5) -> str:
+    """Return the first tokens in quotes, and how many more there are."""
+    named = ", ".join(f"'{token}'" for token in tokens[:most])
+    return named + (f" and {len(tokens) - most} more" if len(tokens) > most else "")
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -302,6 +302,9 @@ def test_bad_files_end_with_a_line(trained, files, capsys):
     ):
         status, out, error = slifmr(capsys, *given, *more)
         assert (status, out) == (2, "") and message in error[0]
+    (files / "empty.txt").write_text("")
+    status, out, error = slifmr(capsys, *given, "--histories", files / "empty.txt")
+    assert (status, out) == (2, "") and "name at least one" in error[0]
     new = new_items()["features"]["text"]
     new[2] = 0
     np.save(files / "text.npy", new)

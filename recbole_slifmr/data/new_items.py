@@ -15,9 +15,8 @@ from recbole_slifmr.data.convert.frames import feature_rows, find_column, tokens
 from recbole_slifmr.data.convert.source import DelimitedFile
 from recbole_slifmr.data.convert.table import read_feature_file
 from recbole_slifmr.data.features import ItemFeatures
-from recbole_slifmr.errors import DataError
+from recbole_slifmr.errors import DataError, name_some
 
-NAMED = 5  # items that an error names
 UNKNOWN = "they have neither features nor a triple with an entity and a relation of the training"
 
 
@@ -61,7 +60,8 @@ def read_new_items(
     tokens = tokens_of(items, "items", "item", columns, unique=True)
     known = tokens[tokens.isin(dataset.field2token_id[dataset.iid_field])]
     if len(known):
-        raise DataError(f"new items {_named(known)} were in training: recommend them as the others, or leave them out")
+        named = name_some(known.tolist())
+        raise DataError(f"new items {named} were in training: recommend them as the others, or leave them out")
     place = {token: row for row, token in enumerate(tokens)}
     found = {
         name: _features(dataset, name, *feature_rows(values, f"features['{name}']", tokens, columns), place)
@@ -73,9 +73,9 @@ def read_new_items(
         described |= part.mask.numpy()
     described[links[:, 0]] = True
     if not described.any():
-        raise DataError(f"new items {_named(tokens)}: {UNKNOWN}: give triples or features")
+        raise DataError(f"new items {name_some(tokens.tolist())}: {UNKNOWN}: give triples or features")
     if not described.all():
-        warnings.warn(f"new items {_named(tokens[~described])} are left out: {UNKNOWN}", stacklevel=2)
+        warnings.warn(f"new items {name_some(tokens[~described].tolist())} are left out: {UNKNOWN}", stacklevel=2)
     row = torch.from_numpy(np.flatnonzero(described))
     found = {name: ItemFeatures(part.values[row], part.mask[row]) for name, part in found.items()}
     links[:, 0] = (np.cumsum(described) - 1)[links[:, 0]]
@@ -132,8 +132,3 @@ def _links(dataset: Any, triples: pd.DataFrame, columns: Mapping[str, str], plac
         used = own.isin(place) & (relations > 0) & (entity > 0)
         links.append(np.stack([own[used].map(place), 2 * relations[used] + direction, entity[used]], axis=1))
     return np.concatenate(links).astype(np.int64)
-
-
-def _named(tokens: pd.Series) -> str:
-    named = ", ".join(f"'{token}'" for token in tokens[:NAMED])
-    return named + (f" and {len(tokens) - NAMED} more" if len(tokens) > NAMED else "")

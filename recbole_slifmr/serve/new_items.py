@@ -74,9 +74,9 @@ class NewItemScorer:
         """Rank the new items for users who were not in training, by the ids of their items.
 
         Raises:
-            DataError: if a user has no items.
+            DataError: if there is no user, or one has no items.
         """
-        if any(len(items) == 0 for items in histories):
+        if not len(histories) or any(len(items) == 0 for items in histories):
             raise DataError("a new user is known by items: name at least one of each")
         represent = None if self.items is None else self.trained.model.new_user_representations()
         rows = np.repeat(np.arange(len(histories)), [len(items) for items in histories])

@@ -43,9 +43,9 @@ def recommend_for(
         rankings whose ``users`` are the places of the users in ``histories``.
 
     Raises:
-        DataError: if a user has no items.
+        DataError: if there is no user, or one has no items.
     """
-    if any(len(items) == 0 for items in histories):
+    if not len(histories) or any(len(items) == 0 for items in histories):
         raise DataError("a new user is known by items: name at least one of each")
     seen = History.of_rows([torch.from_numpy(np.unique(items)) for items in histories])
 

@@ -20,7 +20,7 @@ from recbole.utils import get_model, init_seed
 from torch import Tensor
 
 from recbole_slifmr.data.history import History
-from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.errors import DataError, SettingError, name_some
 from recbole_slifmr.host import own
 from recbole_slifmr.host.settings import bad_input, model_names
 from recbole_slifmr.model.slifmr import SLIFMR
@@ -29,7 +29,6 @@ from recbole_slifmr.paths import find_data_path
 from recbole_slifmr.training.checkpoint import check_data, read_checkpoint
 from recbole_slifmr.training.experiment import set_threads
 
-NAMED = 5  # unknown tokens that an error names
 CHECKED = 64  # users whose scores are compared with inner products
 
 
@@ -85,10 +84,8 @@ class Trained:
         known = self.dataset.field2token_id[field]
         unknown = [token for token in dict.fromkeys(tokens) if not known.get(token)]  # 0: padding
         if unknown:
-            named = ", ".join(f"'{token}'" for token in unknown[:NAMED])
-            more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
             raise DataError(
-                f"unknown {kind}{'s' if len(unknown) > 1 else ''} {named}{more}: '{self.config['dataset']}' has "
+                f"unknown {kind}{'s' if len(unknown) > 1 else ''} {name_some(unknown)}: '{self.config['dataset']}' has "
                 f"{len(known) - 1} {kind}s, each named as in {self.dataset.dataset_path}"
             )
         return np.array([known[token] for token in dict.fromkeys(tokens)], dtype=np.int64)
