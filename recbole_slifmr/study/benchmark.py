@@ -239,7 +239,10 @@ def make_tasks(
     for variant in variants:
         model = variant.model
         values = {**shared[model], **_changed(variant, dataset, own_files[model], shared[model])}
-        once = is_deterministic(make_config(model, dataset, list(own_files[model]), values))
+        try:
+            once = is_deterministic(make_config(model, dataset, list(own_files[model]), values))
+        except SettingError:  # what is wrong with a model is told of all models at once, before the runs start
+            once = True
         for seed in range(FIRST_SEED, FIRST_SEED + (1 if once else seeds)):
             task = Task(
                 model, seed, dataset, out, own_files[model], values, FIRST_SEED, test_mask, threads, variant.label
