@@ -75,7 +75,7 @@ def trained():
         ("AddEASE", {}),
         ("L3AE", {}),
         ("SLIFMR", {}),
-        ("SLIFMR", {"dense_at": 0, "linear_weight": 0}),
+        ("SLIFMR", {"dense_at": 0, "linear_scale": 0}),
         ("SLIFMR", {"feature_gate": True, "kg_view": "both"}),
         ("SLIFMRPaper", {}),
     ],

@@ -108,7 +108,7 @@ def test_it_has_the_settings_of_what_it_derives_from(work):
     assert make_config("derived:OfBPR", "tiny")["embedding_size"] == 64
     (work / "OfSLIFMR.yaml").write_text("n_layers: 1\n")
     config, plain = make_config("derived:OfSLIFMR", "tiny"), make_config("SLIFMR", "tiny")
-    assert config["n_layers"] == 1 and config["linear_weight"] == plain["linear_weight"]
+    assert config["n_layers"] == 1 and config["linear_scale"] == plain["linear_scale"]
 
 
 def test_its_class_alone_names_it_once_it_is_known(work):

@@ -258,7 +258,7 @@ def test_explanations_need_slifmr_and_weights(trained, capsys):
     explain = ["--users=u2", "--k=1", "--explain", "--format=jsonl"]
     done = slifmr(capsys, "recommend", "--checkpoint", trained("BPR"), *explain)
     assert done.status == 2 and "--explain is for SLIFMR: BPR has no feedback graph" in done.error
-    plain = trained(fusion="concat", self_loop=False, use_kg=False, linear_weight=0.0)
+    plain = trained(fusion="concat", self_loop=False, use_kg=False, linear_scale=0.0)
     why = json.loads(slifmr(capsys, "recommend", "--checkpoint", plain, *explain).out)["explanation"]
     assert why == {"user_views": None, "item_views": None, "neighbours": [], "shared_entities": []}
 
@@ -287,7 +287,7 @@ def test_the_index_finds_what_the_model_ranks_first(trained, capsys):
     faiss = pytest.importorskip("faiss")
     refused = slifmr(capsys, "export", "--checkpoint", trained(), "--out=vectors", "--faiss")
     assert refused.status == 2 and "a linear branch adds to them" in refused.error
-    plain = trained(linear_weight=0.0)
+    plain = trained(linear_scale=0.0)
     done = slifmr(capsys, "export", "--checkpoint", plain, "--out=vectors", "--faiss")
     assert done.status == 0, done.error
     users = np.load("vectors/users.npy")

@@ -15,7 +15,7 @@ from recbole_slifmr.errors import SettingError
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.model import slifmr
 from recbole_slifmr.nn import encoder, loss
-from recbole_slifmr.nn.graph import knn_graph, unique_edges
+from recbole_slifmr.nn.graph import cooccurrence_graph, knn_graph, unique_edges
 from recbole_slifmr.paths import ROOT
 
 BOARD = {**CHECKERBOARD, "embedding_start": "random"}  # the spectral start solves it before training
@@ -41,7 +41,7 @@ def with_modalities(tiny, n):
 @pytest.mark.parametrize("n_modalities", [0, 1, 5])
 def test_learns_with_any_subset_of_its_inputs(board, build, use_kg, n_modalities):
     with_modalities(board, n_modalities)
-    run = build(board, **BOARD, use_kg=use_kg, linear_weight=0.0)
+    run = build(board, **BOARD, use_kg=use_kg, linear_scale=0.0)
     modalities = [f"m{i}" for i in range(n_modalities)]
     assert run.model.view_names == ["interaction", *modalities, *([KG_TAGS] if use_kg else [])]
     score, _ = run.trainer.fit(run.train, run.valid, show_progress=False, saved=False)
@@ -49,18 +49,18 @@ def test_learns_with_any_subset_of_its_inputs(board, build, use_kg, n_modalities
 
 
 def test_the_spectral_start_ranks_without_training(board, build):
-    settings = {**CHECKERBOARD, "learning_rate": 0.0, "epochs": 1, "linear_weight": 0.0}
+    settings = {**CHECKERBOARD, "learning_rate": 0.0, "epochs": 1, "linear_scale": 0.0}
     run = build(board, **settings, embedding_start="spectral")
     assert run.trainer.fit(run.train, run.valid, show_progress=False, saved=False)[0] >= FLOOR
 
 
 def test_what_does_not_learn_stays_below_the_floor(board, build):
-    run = build(board, **{**BOARD, "learning_rate": 0.0, "epochs": 2, "linear_weight": 0.0})
+    run = build(board, **{**BOARD, "learning_rate": 0.0, "epochs": 2, "linear_scale": 0.0})
     assert run.trainer.fit(run.train, run.valid, show_progress=False, saved=False)[0] < FLOOR
 
 
 SWITCHES = [
-    {"linear_weight": 4.0},
+    {"linear_scale": 4.0},
     {"kg_view": "graph"},
     {"kg_view": "both"},
     {"kg_view": "none"},
@@ -73,6 +73,7 @@ SWITCHES = [
     {"intra_loss": "alignment_uniformity"},
     {"intra_views": ["text", "kg"]},
     {"item_graph_weight": 0.0},
+    {"structure_weight": 0.0},
     {"intra_views": []},
     {"inter_weight": 0, "intra_weight": 0},
     {"kg_relation_weight": "uniform", "kg_min_degree": 1, "kg_max_degree": 3},
@@ -87,7 +88,7 @@ SWITCHES = [
 
 @pytest.mark.parametrize("settings", SWITCHES, ids=str)
 def test_every_switch_learns(board, build, settings):
-    run = build(board, **{**BOARD, "linear_weight": 0.0, **settings})
+    run = build(board, **{**BOARD, "linear_scale": 0.0, **settings})
     score, _ = run.trainer.fit(run.train, run.valid, show_progress=False, saved=False)
     assert score >= FLOOR
     assert torch.isfinite(all_scores(run)).all()
@@ -162,7 +163,11 @@ def dense_views(model, dataset, feedback):
     s = torch.zeros(n_items, n_items)
     s[tuple(feedback)] = 1
     items = model.item_embedding.weight
+    c = torch.zeros(n_items, n_items)
+    c[tuple(cooccurrence_graph(model.interaction_encoder.edge_index, n_users, n_items, model.settings.knn_k))] = 1
+    sparsity = max(1 - r.sum() / r.any(1).sum() / model.settings.dense_at, 0.0)
     block = model.settings.eta_interaction * dense_normalized(s)
+    block = block + sparsity * model.settings.structure_weight * dense_normalized(c)
     views, masks = [], [torch.ones(n_items, dtype=torch.bool)]
 
     for name, (x, mask) in model.item_features(dataset).items():
@@ -222,7 +227,7 @@ def dense_negatives(dataset, user, neg, z_user, z_item, n_candidates, added=None
 @pytest.mark.parametrize("n_candidates", [1, 4, 1000])
 def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(tiny, build, n_candidates):
     weights = {"inter_weight": 0.3, "intra_weight": 0.3, "reg_weight": 0.01}
-    run = build(tiny, kg_min_degree=1, kg_view="graph", linear_weight=0.0, n_candidates=n_candidates, **weights)
+    run = build(tiny, kg_min_degree=1, kg_view="graph", linear_scale=0.0, n_candidates=n_candidates, **weights)
     model, dataset = run.model, run.train._dataset
     with torch.no_grad():
         for parameter in model.parameters():
@@ -299,7 +304,7 @@ def test_a_score_is_the_inner_product_and_the_linear_part_of_all_interactions(ti
     torch.testing.assert_close(all_scores(run)[:, 1:], scores[1:, 1:])
     pairs = {"user_id": torch.tensor([1, 2, 2]), "item_id": torch.tensor([3, 1, 4])}
     torch.testing.assert_close(model.predict(pairs), scores[pairs["user_id"], pairs["item_id"]])
-    without = build(tiny, linear_weight=0.0)
+    without = build(tiny, linear_scale=0.0)
     assert without.model.linear is None
     assert not torch.allclose(all_scores(without)[:, 1:], scores[1:, 1:])
 
@@ -314,18 +319,36 @@ def test_with_more_items_than_a_matrix_has_room_for_the_linear_branch_has_neighb
         torch.testing.assert_close(term, same, rtol=1e-4, atol=1e-4)
 
 
-def test_the_linear_branch_counts_less_with_more_interactions_per_user(tiny, build):
-    whole = build(tiny, linear_weight=3.0, dense_at=0.0)
+def test_the_additions_for_sparse_data_count_less_with_more_interactions_per_user(tiny, build):
+    settings = {"linear_scale": 3.0, "structure_weight": 0.4}
+    whole = build(tiny, **settings, dense_at=0.0)
     users = whole.train._dataset.inter_feat["user_id"]
     per_user = len(users) / len(users.unique())
-    mean = {}
+    spread, weight = {}, {}
     for dense_at in (0.0, 2 * per_user, 4 * per_user):
-        model = build(tiny, linear_weight=3.0, dense_at=dense_at).model
-        user, item = model.training_interactions(whole.train._dataset)
-        mean[dense_at] = model.linear.leave_one_out(user, item[:, None], torch.tensor(True)).mean().item()
-    assert list(mean.values()) == pytest.approx([3.0, 1.5, 2.25], rel=1e-4)
+        model = build(tiny, **settings, dense_at=dense_at).model
+        known = torch.zeros(model.n_users, model.n_items, dtype=torch.bool)
+        known[tuple(model.training_interactions(whole.train._dataset))] = True
+        items = torch.arange(model.n_items).expand(model.n_users, -1)
+        scores = model.linear.leave_one_out(torch.arange(model.n_users), items, known)[1:, 1:]
+        spread[dense_at] = scores[~known[1:, 1:]].std(correction=0).item()
+        weight[dense_at] = model.structure_weight
+    assert list(spread.values()) == pytest.approx([3.0, 1.5, 2.25], rel=1e-3)
+    assert list(weight.values()) == pytest.approx([0.4, 0.2, 0.3])
     for dense_at in (per_user, per_user / 2):
-        assert build(tiny, linear_weight=3.0, dense_at=dense_at).model.linear is None
+        model = build(tiny, **settings, dense_at=dense_at).model
+        assert model.linear is None and model.structure_weight == 0
+
+
+def test_items_that_share_most_users_are_linked_in_the_interaction_graph(tiny, build):
+    others = {"item_graph_weight": 0.0, "eta_interaction": 0.0, "dense_at": 0.0, "knn_k": 2}
+    assert build(tiny, **others, structure_weight=0.0).model.interaction_encoder.item_block is None
+    run = build(tiny, **others, structure_weight=0.3)
+    block = run.model.interaction_encoder.item_block.edges()
+    expected = cooccurrence_graph(run.model.interaction_encoder.edge_index, run.model.n_users, run.model.n_items, 2)
+    degree = torch.bincount(expected[0], minlength=run.model.n_items).float()
+    torch.testing.assert_close(block.edge_index, expected)
+    torch.testing.assert_close(block.edge_weight, 0.3 / (degree[expected[0]] * degree[expected[1]]).sqrt())
 
 
 def test_tags_of_the_knowledge_graph_are_a_view_of_their_own(tiny, build):
@@ -354,14 +377,18 @@ def test_refresh_links_the_nearest_fused_items_in_all_three_graphs(tiny, build):
     both = mask[expected[0]] & mask[expected[1]]
     assert torch.equal(model.feature_encoders["text"].feedback.edges().edge_index, expected[:, both])
     block = model.interaction_encoder.item_block.edges().edge_index
-    parts = [expected, *(encoder.edges().edge_index for encoder in model.feature_encoders.values())]
+    parts = [
+        expected,
+        model.structure.edge_index,
+        *(encoder.edges().edge_index for encoder in model.feature_encoders.values()),
+    ]
     assert torch.equal(block, unique_edges(torch.cat(parts, dim=1), model.n_items))
     assert not (model.feedback_index == 0).any()
 
 
 @pytest.mark.parametrize("off", ["interaction", "feature", "kg"])
 def test_each_eta_switches_its_graph_off(tiny, build, off):
-    run = build(tiny, item_graph_weight=0.0, kg_view="both", **{f"eta_{off}": 0.0})
+    run = build(tiny, item_graph_weight=0.0, structure_weight=0.0, kg_view="both", **{f"eta_{off}": 0.0})
     encoder = {
         "interaction": run.model.interaction_encoder,
         "feature": run.model.feature_encoders["text"],

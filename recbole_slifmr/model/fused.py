@@ -101,7 +101,7 @@ class FusedSettings(FeatureSettings, GraphSettings):
     fusion: Annotated[str, FUSIONS]
     fusion_residual: bool
     normalize_views: bool
-    linear_weight: Weight
+    linear_scale: Weight
     linear_reg_weight: Positive
     linear_feature_weight: Weight
     linear_kg_weight: Weight
@@ -168,7 +168,7 @@ class FusedRecommender(GraphRecommender):
         self.view_names = ["interaction", *self.feature_encoders, *(["kg"] if self.kg_encoder is not None else [])]
         self.user_fusion = Fusion(settings.fusion, len(self.view_names), size)
         self.item_fusion = Fusion(settings.fusion, len(self.view_names), size)
-        weight = linear_weight(settings, dataset)
+        weight = linear_scale(settings, dataset)
         self.linear = self._linear_branch(dataset, weight) if weight else None
         self.reset_parameters()
 
@@ -214,7 +214,7 @@ class FusedRecommender(GraphRecommender):
         ahead = [numbers for numbers in (n * dataset.user_num for n in sizes) if numbers <= MOST_AHEAD]
         parts["features"] = 4 * (2 * sum(sizes) * n_items + sum(ahead))
         parts["item graphs"] = 16 * len(sizes) * settings.knn_k * n_items
-        if linear_weight(settings, dataset):
+        if linear_scale(settings, dataset):
             parts["linear branch"] = linear_solver(settings, n_items, "cpu").estimate_memory(n_items, 1)
         parts["knowledge graph"] = 2 * len(triples) * (16 * n_layers + 52)
         parts["training step"] += 4 * size * (n_layers + 4) * (n_items + n_others) * (len(triples) > 0)
@@ -371,13 +371,17 @@ class FusedRecommender(GraphRecommender):
         return cross_gram([known[name] for name in of_new], list(of_new.values()))
 
 
-def linear_weight(settings: FusedSettings, dataset: Any) -> float:
+def linear_scale(settings: FusedSettings, dataset: Any) -> float:
     """Return the weight of the linear branch: less with more interactions per user, 0 from ``dense_at`` on."""
-    if not settings.dense_at:
-        return settings.linear_weight
+    return settings.linear_scale * sparsity(settings.dense_at, dataset)
+
+
+def sparsity(dense_at: float, dataset: Any) -> float:
+    """Return what of the additions for sparse data counts: 1 less the mean interactions per user over ``dense_at``."""
+    if not dense_at:
+        return 1.0
     users = dataset.inter_feat[dataset.uid_field]
-    per_user = len(users) / len(users.unique())
-    return settings.linear_weight * max(1 - per_user / settings.dense_at, 0.0)
+    return max(1 - len(users) / len(users.unique()) / dense_at, 0.0)
 
 
 def linear_solver(settings: FusedSettings, n_items: int, device: torch.device | str) -> Solver[Any]:

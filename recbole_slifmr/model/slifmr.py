@@ -34,10 +34,18 @@ from recbole_slifmr.data.cold import ColdScoring
 from recbole_slifmr.data.features import KG_TAGS
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import full_precision
-from recbole_slifmr.model.fused import FusedRecommender, FusedSettings, Propagated
+from recbole_slifmr.model.fused import FusedRecommender, FusedSettings, Propagated, sparsity
 from recbole_slifmr.model.settings import Count, Positive, Share, Weight, Whole
 from recbole_slifmr.nn.diagnostics import homogenisation, smoothing
-from recbole_slifmr.nn.graph import Edges, RefreshStats, correlation_graph, empty_edges, sum_edges, unweighted
+from recbole_slifmr.nn.graph import (
+    Edges,
+    RefreshStats,
+    cooccurrence_graph,
+    correlation_graph,
+    empty_edges,
+    sum_edges,
+    unweighted,
+)
 from recbole_slifmr.nn.loss import (
     INTER_LOSSES,
     INTRA_LOSSES,
@@ -58,6 +66,7 @@ SPREAD = 3.0  # of spectral embeddings, in standard deviations of random ones
 class SLIFMRSettings(FusedSettings):
     """The settings of SLIFMR."""
 
+    structure_weight: Weight
     refresh_first_epoch: Whole
     refresh_interval: int | str
     refresh_k: Count
@@ -101,6 +110,12 @@ class SLIFMR(FusedRecommender):
         super().__init__(config, dataset)
         self.register_buffer("intra_views", self._choose_views(self.settings.intra_views), persistent=False)
         self.feedback_index = torch.zeros(2, 0, dtype=torch.long)
+        self.structure = empty_edges(self.device)
+        self.structure_weight = self.settings.structure_weight * sparsity(self.settings.dense_at, dataset)
+        if self.structure_weight:
+            edges = self.interaction_encoder.edge_index
+            index = cooccurrence_graph(edges, self.n_users, self.n_items, self.settings.knn_k)
+            self.structure = unweighted(index, self.n_items)
         self._set_item_block(empty_edges(self.device))
         if self.settings.embedding_start == "spectral":
             self._add_spectral_embeddings()
@@ -137,6 +152,7 @@ class SLIFMR(FusedRecommender):
         parts = super().memory_parts(settings, dataset, batch_size)
         n_views, n_items = 3 + len(dataset.item_features), dataset.item_num
         parts["item graphs"] += 2 * settings.refresh_k * n_items * (20 + 8 * n_views)
+        parts["item graphs"] += 40 * settings.knn_k * n_items * (settings.structure_weight > 0)
         contrasts = (2 * n_views + 1) * settings.n_negatives + 30 * n_views * settings.embedding_size
         parts["training step"] += 4 * batch_size * contrasts
         parts["refresh"] = 12 * 1024 * n_items
@@ -262,8 +278,8 @@ class SLIFMR(FusedRecommender):
         self.clear_cache()
 
     def _set_item_block(self, feedback: Edges) -> None:
-        """Put the correlation graph and the mean of the feature graphs into the interaction graph."""
-        parts = [(self.settings.eta_interaction, feedback)]
+        """Put the correlation graph, that of shared users and the mean of the feature graphs between the items."""
+        parts = [(self.settings.eta_interaction, feedback), (self.structure_weight, self.structure)]
         share = self.settings.item_graph_weight / max(len(self.feature_encoders), 1)
         parts += [(share, encoder.edges()) for encoder in self.feature_encoders.values()]
         parts = [(weight, edges) for weight, edges in parts if weight]

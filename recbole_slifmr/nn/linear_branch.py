@@ -29,21 +29,24 @@ from torch.nn import functional as F
 from recbole_slifmr.nn.linear import Matrix, Solver, Source, history_scores, residual_variances, solve_columns
 
 PAIRS = 4096  # pairs of user and item at a time
+BLOCK = 128  # users whose scores of all items are held at a time
+SAMPLE = 1024  # users of whom the noise is measured
 MOST_LEVERAGE = 0.99  # of a user's row; with weights cut off, h may come out as 1 or more
 
 
 class LinearBranch:
-    r"""A linear item-item model whose scores have the same scale on every data set.
+    r"""A linear item-item model whose scores have the same noise on every data set.
 
-    The scores are multiplied by a number that makes the mean leave-one-user-out score of the training interactions
-    equal to ``size``. B is solved for when it is first asked for.
+    The scores are multiplied by a number that makes the standard deviation of leave-one-user-out scores over the items
+    that a user does not have equal to ``size``: where the model tells apart little, what it says of the items that a
+    user has counts little, too. B is solved for when it is first asked for.
 
     Args:
         history: which users have which item, ``[n_users, n_items]``.
         sources: returns the interactions and what else is known of the items, in which solving takes double precision;
             they are not kept.
         reg: :math:`\lambda`.
-        size: mean score of a training interaction.
+        size: standard deviation of the scores of the items that a user does not have.
         solver: of B.
         device: of the scores.
     """
@@ -131,9 +134,27 @@ class LinearBranch:
             own, of_item = torch.cat(sums).squeeze(1), variance[self._items]
             leverage = _sums_of_rows((of_item * (1 - own)).unsqueeze(1), self._bounds[:-1])
             leverage = leverage.squeeze(1).clamp(max=MOST_LEVERAGE)
-            mean = float(_without_user(own, of_item, leverage[users], torch.ones_like(users, dtype=torch.bool)).mean())
-            self._solved = weights, variance, leverage, self.size / mean if mean > 0 else 0.0
+            noise = self._noise(weights, variance, leverage)
+            self._solved = weights, variance, leverage, self.size / noise if noise > 0 else 0.0
         return self._solved
+
+    def _noise(self, weights: Matrix, variance: Tensor, leverage: Tensor) -> float:
+        """Return the standard deviation of the leave-one-user-out scores over the items that users do not have.
+
+        Of ``SAMPLE`` of the users who have any, evenly spaced. Item 0 is RecBole's padding.
+        """
+        users = np.flatnonzero(np.diff(self.history.indptr))
+        users = users[np.unique(np.linspace(0, len(users) - 1, min(SAMPLE, len(users)), dtype=np.int64))]
+        sums = [torch.zeros(3, dtype=torch.float64, device=self.device)]
+        for some in np.array_split(users, -(-len(users) // BLOCK)) if len(users) else []:
+            history = self.history[some]
+            lacking = torch.from_numpy(history.toarray() == 0).to(self.device)
+            lacking[:, 0] = False
+            scores = history_scores(history, weights, self.device)
+            scores = _without_user(scores, variance, leverage[some].unsqueeze(1), ~lacking).double() * lacking
+            sums.append(torch.stack([lacking.sum(), scores.sum(), scores.square().sum()]))
+        count, total, squares = torch.stack(sums).sum(0).tolist()
+        return max(squares / count - (total / count) ** 2, 0.0) ** 0.5 if count else 0.0
 
     def _by_column(self, weights: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
         """Return the transposed weights, made once: every training step asks for some columns."""
