@@ -28,7 +28,6 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from recbole_slifmr.data.cold import ColdScoring
 from recbole_slifmr.data.features import KG_TAGS
@@ -55,6 +54,7 @@ from recbole_slifmr.nn.loss import (
     inter_modal_loss,
     intra_modal_loss,
 )
+from recbole_slifmr.nn.parts import sum_over_parts
 from recbole_slifmr.nn.spectral import spectral_embeddings
 
 STARTS = ("spectral", "random")
@@ -172,7 +172,7 @@ class SLIFMR(FusedRecommender):
         """Return the terms of the loss for a batch of (user, positive item, negative item).
 
         The graphs are propagated over once. A large batch is then gone through in parts, each with negatives of its
-        own, whose intermediate results are computed again in the backward pass: memory does not grow with the batch.
+        own, see ``nn/parts.py``: memory does not grow with the batch.
         """
         self.clear_cache()
         ids = self.batch_ids(interaction)
@@ -180,13 +180,17 @@ class SLIFMR(FusedRecommender):
         if n_rows <= PART:
             return self._losses(self.propagate(by_rows=True), *ids)
         propagated = self.propagate()
-        n_parts = -(-n_rows // PART)
-        parts = [(part, len(part[0]) / n_rows) for part in zip(*(rows.chunk(n_parts) for rows in ids), strict=True)]
-        terms = [
-            torch.stack(checkpoint(self._losses, propagated, *part, use_reentrant=False)) * share
-            for part, share in parts
-        ]
-        return Losses(*torch.stack(terms).sum(0))
+        parts = list(zip(*(rows.chunk(-(-n_rows // PART)) for rows in ids), strict=True))
+        whole, views = propagated.views, [tensor for pair in propagated.views if pair is not None for tensor in pair]
+
+        def terms(inputs: list[Tensor], part: tuple[Tensor, ...]) -> Tensor:
+            pairs = iter(zip(inputs[::2], inputs[1::2], strict=True))
+            stand_ins = [None if pair is None else next(pairs) for pair in whole]
+            losses = self._losses(propagated._replace(views=stand_ins), *part)
+            return torch.stack(losses) * (len(part[0]) / n_rows)
+
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return Losses(*sum_over_parts(terms, parts, views, parameters))
 
     def _losses(self, propagated: Propagated, user: Tensor, pos: Tensor, neg: Tensor) -> Losses:
         items = torch.cat([pos, neg])
