@@ -18,8 +18,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CLOSED_FORMS = ("EASE", "CEASE", "AddEASE", "L3AE")
-INTERACTIONS = ("LightGCN", "XSimGCL", "SGL", "NCL")
-GRAPH = ("KGAT", "LightKG", "AdaKG")
+INTERACTIONS = ("ItemKNN", "SLIMElastic", "LightGCN", "XSimGCL", "SGL", "NCL")
+GRAPH = ("KGAT", "KGIN", "MCCLK", "LightKG", "AdaKG")
 MULTIMODAL = ("LATTICE", "FREEDOM", "BM3", "MGCN", "SMORE", "MSCA")
 OURS = ("SLIFMRPaper", "SLIFMR")
 SETS = {
