@@ -341,7 +341,7 @@ def test_tuned_settings_come_from_files_and_are_told(folder):
     plan = plan_of(folder, ["SLIFMR", "BPR", "LightGCN"], params=params)
     assert plan.tuned == {"SLIFMR": 12, "BPR": None}
     assert origin_of_settings(plan) == (
-        "Settings: SLIFMR (defaults from more than 130 runs by hand, then 12 trials), BPR (trials unknown), "
+        "Settings: SLIFMR (defaults from about 300 runs by hand, then 12 trials), BPR (trials unknown), "
         "LightGCN (defaults)."
     )
     by_model = {task.model: task for task in plan.tasks}

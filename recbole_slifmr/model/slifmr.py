@@ -142,7 +142,8 @@ class SLIFMR(FusedRecommender):
 
     def _choose_views(self, names: Sequence[str]) -> Tensor:
         """Return the positions of the views that ``intra_views`` names."""
-        chosen = set(names) | (set(self.feature_encoders) if "modality" in names else set())
+        modalities = set(self.feature_encoders) - {KG_TAGS}
+        chosen = set(names) | (modalities if "modality" in names else set()) | ({KG_TAGS} if "kg" in names else set())
         return torch.tensor([v for v, name in enumerate(self.view_names) if name in chosen], dtype=torch.long)
 
     @classmethod
