@@ -1,9 +1,10 @@
 """What an epoch of SLIFMR cannot take less than: the sparse products of the plain formula, and the optimiser's step.
 
 Per training step, forward and backward: the interaction graph (``n_layers`` products of width d, its blocks apart), the
-users' means (one of width d per view but the first), each modality's graph (``feature_n_layers``), the knowledge graph
-(``kg_n_layers``, over all its edges), all with the correlation graph of the last refresh; then Adam over all
-parameters. Losses, fusion, projections and the gradient of the relation weights are left out.
+users' means (one of width d per view but the first), the graph of each modality and of the tags (``feature_n_layers``),
+the knowledge graph if it has an encoder (``kg_n_layers``, over all its edges), all with the correlation graph of the
+last refresh; then Adam over all parameters. Losses, fusion, projections and the gradient of the relation weights are
+left out.
 
 The strict floor leaves out what linearity lets one do ahead (the modalities' products and means) and the rows of the
 knowledge graph's last layer that are no items.
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recbole_slifmr.nn.graph import Edges, knn_graph, unique_edges
+from recbole_slifmr.nn.graph import Edges, unique_edges
 from recbole_slifmr.nn.sparse import SparseMatrix
 
 REPEATS = 5
@@ -63,7 +64,7 @@ def measure(model: Any, dataset: Any, config: Any, n_batches: int, timer: Timer)
         timer: returns the seconds that a function takes and its result.
     """
     device = model.device
-    needed = products(dataset, config, model.other_parameter()["feedback_index"].to(device), device)
+    needed = products(model, dataset, config, model.other_parameter()["feedback_index"].to(device), device)
     parts: dict[str, float] = {}
     nnz: dict[str, int] = {}
     strict = optimiser = _optimiser_seconds(model, timer)
@@ -90,23 +91,21 @@ def measure(model: Any, dataset: Any, config: Any, n_batches: int, timer: Timer)
     }
 
 
-def products(dataset: Any, config: Any, feedback: Tensor, device: torch.device) -> list[Product]:
+def products(model: Any, dataset: Any, config: Any, feedback: Tensor, device: torch.device) -> list[Product]:
     """Return the products of a training step; ``feedback`` is the correlation graph, ``[2, E]``."""
     n_users, n_items, size = dataset.user_num, dataset.item_num, config["embedding_size"]
     pairs = torch.stack([dataset.inter_feat[dataset.uid_field], dataset.inter_feat[dataset.iid_field]]).to(device)
     pairs = unique_edges(pairs, n_items)
     interactions = SparseMatrix(Edges(pairs, torch.ones(pairs.shape[1], device=device)), (n_users, n_items))
-    has_kg, n_layers = len(dataset.triples) > 0, config["n_layers"]
-    nearest = {
-        name: knn_graph(features.values.to(device), config["knn_k"], features.mask.to(device))
-        for name, features in dataset.item_features.items()
-    }
+    has_kg, n_layers = model.kg_encoder is not None, config["n_layers"]
+    nearest = {name: encoder.graph.edges().edge_index for name, encoder in model.feature_encoders.items()}
     between_items = [feedback, *(nearest.values() if config["item_graph_weight"] else ())]
+    between_items += [model.structure.edge_index] if model.structure_weight else []
     block = _matrix([unique_edges(torch.cat(between_items, dim=1), n_items)], n_items)
     needed = [
         Product("interaction", interactions, size, 2 * n_layers, 2 * n_layers),  # to the users and to the items
         Product("interaction", block, size, n_layers, n_layers),
-        Product("user_means", interactions, size, len(dataset.item_features) + has_kg, int(has_kg)),
+        Product("user_means", interactions, size, len(nearest) + has_kg, int(has_kg)),
     ]
     for name, neighbours in nearest.items():
         graph = _matrix([unique_edges(torch.cat([neighbours, feedback], dim=1), n_items)], n_items)

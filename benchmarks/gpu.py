@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -117,7 +118,7 @@ def main(smoke: bool, data_path: str | None, out: str, seconds: float, one: str 
         (folder / "gpu.md").write_text(markdown(report), encoding="utf-8")
         print(f"{report['seconds']:5.0f} s  {part.name}: {_in_a_word(report['parts'][part.name])}", flush=True)
     print(f"written: {folder / 'gpu.json'}, {folder / 'gpu.md'}")
-    if any("error" in result for result in report["parts"].values()):
+    if any("error" in result or result.get("passed") is False for result in report["parts"].values()):
         sys.exit(1)
 
 
@@ -128,11 +129,16 @@ def run_part(part: Part, left: float) -> dict[str, Any]:
     limit = min(part.limit, left)
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", json.dumps(part._asdict())]
     start = perf_counter()
+    done = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+        stdout, stderr = done.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
+        os.killpg(done.pid, signal.SIGKILL)  # with what it has started
+        done.communicate()
         return {"left out": f"it took more than its {limit:.0f} s"}
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    lines = (stdout if done.returncode == 0 else stderr).strip().splitlines()
     if done.returncode or not lines:
         return {"error": lines[-1] if lines else f"ended with status {done.returncode}"}
     return {**json.loads(lines[-1]), "took": perf_counter() - start}

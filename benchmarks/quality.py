@@ -35,8 +35,8 @@ def train(training: Training) -> dict[str, Any]:
     """Train a model with early stopping, validating each epoch; the test split is not looked at.
 
     Returns:
-        ``curve``: per epoch its number, the seconds since training began (validation and refresh included) and the
-        validation score.
+        ``prepared``: seconds until data were read and the model was built. ``curve``: per epoch its number, the seconds
+        since the start (``prepared``, validation and refresh included) and the validation score.
 
     Raises:
         DataError, SettingError: for data or settings that cannot be used.
@@ -49,8 +49,9 @@ def train(training: Training) -> dict[str, Any]:
     curve: list[tuple[int, float, float]] = []
     with scratch(training.threads):
         config = make_config(training.model, training.dataset, settings=settings)
-        prepared = prepare(config)
         start = perf_counter()
+        prepared = prepare(config)
+        ready = perf_counter() - start
         prepared.trainer.fit(
             prepared.train_data,
             prepared.valid_data,
@@ -62,6 +63,7 @@ def train(training: Training) -> dict[str, Any]:
         "seed": training.seed,
         "learning_rate": config["learning_rate"],
         "valid_metric": config["valid_metric"],
+        "prepared": ready,
         "curve": curve,
     }
 
@@ -124,6 +126,9 @@ def main(
             run = in_new_process(train, Training(model, dataset, seed, threads, {**common, **rate}))
             if "error" in run:
                 print(f"{model} on {dataset}: {run['error']}", file=sys.stderr)
+                sys.exit(2)
+            if not run["curve"]:
+                print(f"{model} on {dataset}: nothing was validated: is epochs 0?", file=sys.stderr)
                 sys.exit(2)
             runs.append(run)
             print(json.dumps(run), flush=True)

@@ -1,11 +1,12 @@
-"""Make the tables of this folder anew: tune every model with the same budget, then score it on test.
+"""Make the comparisons of models anew: tune every model with the same budget, then score it on test.
 
 python results/make.py --data_path=DATA                     # everything; days on two cores
 python results/make.py --data_path=DATA --sets=lastfm-lightkg --models=CEASE,LightKG,SLIFMR --trials=12 --seeds=5
 
 Each model of a set is searched from its defaults with the same number of trials, epochs and patience, on the validation
 split (closed forms: as many points of their grid). Then all models are scored on test with the settings found. What is
-finished is kept: call it again to go on. Settings go to ``results/SET/tuned``, tables to ``results/SET/benchmark``.
+finished is kept: call it again to go on. Settings go to ``results/SET/tuned``, tables to ``results/SET/benchmark``, or
+with ``--models`` to ``results/SET/benchmark-of-some``. Ablation, robustness and interval have commands of their own.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def commands(arguments: argparse.Namespace) -> Iterator[list[str]]:
     for name in arguments.sets.split(","):
         folder = HERE / name
         chosen = [model for model in SETS[name] if not arguments.models or model in arguments.models.split(",")]
+        if not chosen:
+            continue
         common = [f"--dataset={name}", f"--data_path={arguments.data_path}", f"--stopping_step={arguments.patience}"]
         common += [f"--test_mask={TEST_MASK.get(name, 'train_valid')}"]
         for model in chosen:
@@ -51,8 +54,9 @@ def commands(arguments: argparse.Namespace) -> Iterator[list[str]]:
                     "--jobs=1",
                 ]
                 yield ["tune", f"--model={model}", *common, *budget, "--seeds=0", f"--out={out}", *resume]
+        table = "benchmark" if len(chosen) == len(SETS[name]) else "benchmark-of-some"
         scores = [f"--models={','.join(chosen)}", f"--params={folder / 'tuned'}", f"--seeds={arguments.seeds}"]
-        yield ["benchmark", *common, *scores, f"--epochs={arguments.epochs}", f"--out={folder / 'benchmark'}"]
+        yield ["benchmark", *common, *scores, f"--epochs={arguments.epochs}", f"--out={folder / table}"]
 
 
 def main() -> int:

@@ -192,6 +192,13 @@ def test_tag_vectors_keep_the_inner_products_of_the_tags():
     np.testing.assert_allclose(np.linalg.svd(few, compute_uv=False), values[:5], rtol=1e-5)
 
 
+def test_tags_take_memory_by_triples_and_not_by_relations_times_entities():
+    triples = np.array([[1, 0, 100_000], [2, 0, 100_000], [1, 30_000, 2], [3, 7, 4]])
+    for n_hops in (1, 2):
+        tags = tag_factor(triples, 5, n_hops).toarray()
+        assert tags.shape == (5, 1) and (tags[:, 0] > 0).tolist() == [False, True, True, False, False]
+
+
 def test_a_matrix_that_cannot_be_inverted_is_named(sources):
     with pytest.raises(SettingError, match="not positive definite: set reg_weight higher"):
         DenseSolver().solve(sources, -1.0)

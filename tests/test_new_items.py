@@ -251,6 +251,16 @@ def test_models_and_questions_that_cannot_be_answered(trained):
         trained("CEASE").recommend_new(**new_items(), users=["u1"], history=["i1"])
     with pytest.raises(SettingError, match="gives no weight to what is known"):
         trained("CEASE", kg_weight=0).recommend_new(**{**new_items(), "features": None})
+    with pytest.raises(SettingError, match="SLIFMRPaper gives no weight to what is known of the new items 'n0'"):
+        trained("SLIFMRPaper").recommend_new(**{**new_items(), "features": None})
+
+
+def test_items_of_which_the_model_sees_nothing_are_left_out(trained):
+    new = new_items()
+    new["features"]["text"][3] = 0  # the triples of new items are nothing to the paper's model
+    with pytest.warns(UserWarning, match="new items 'n3' are left out: SLIFMRPaper sees nothing of them"):
+        some = trained("SLIFMRPaper").recommend_new(**new, users=["u1"], k=6)
+    assert set(some["item"]) == {"n0", "n1", "n2", "n4", "n5"}
 
 
 # -- by command ------------------------------------------------------------------------------------------------------

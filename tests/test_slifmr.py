@@ -16,6 +16,7 @@ from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.model import slifmr
 from recbole_slifmr.nn import encoder, loss
 from recbole_slifmr.nn.graph import cooccurrence_graph, knn_graph, unique_edges
+from recbole_slifmr.nn.parts import sum_over_parts
 from recbole_slifmr.paths import ROOT
 
 BOARD = {**CHECKERBOARD, "embedding_start": "random"}  # the spectral start solves it before training
@@ -491,6 +492,20 @@ def test_a_batch_in_parts_is_the_mean_of_the_parts(tiny, build, monkeypatch):
     gradients = [torch.autograd.grad(loss.sum(), parameters, allow_unused=True) for loss in (actual, expected)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_parts_may_give_gradients_that_are_shared_or_expanded():
+    a, b = (torch.arange(3.0).requires_grad_() for _ in range(2))
+
+    def terms(inputs, part):
+        return torch.stack([((inputs[0] + b) * part).sum(), inputs[0].sum()])
+
+    total = sum_over_parts(terms, [1.0, 2.0, 4.0], [a], [b])
+    torch.testing.assert_close(total.detach(), torch.tensor([42.0, 9.0]))
+    total.sum().backward()
+    assert a.grad.tolist() == [10.0] * 3 and b.grad.tolist() == [7.0] * 3
+    with torch.no_grad():
+        torch.testing.assert_close(sum_over_parts(terms, [1.0, 2.0, 4.0], [a], [b]), torch.tensor([42.0, 9.0]))
 
 
 def test_features_too_large_to_average_ahead_give_the_same_loss(tiny, build, monkeypatch):

@@ -177,7 +177,7 @@ def test_sizes_are_those_of_the_preset(report):
 
 def test_slifmr_has_its_floor_beside_it(report):
     floor = of(report, "SLIFMR")["floor"]
-    assert set(floor["parts"]) == {"interaction", "user_means", "text", "image", "kg", "optimiser"}
+    assert set(floor["parts"]) == {"interaction", "user_means", "text", "image", "kg_tags", "optimiser"}
     assert all(seconds > 0 for seconds in floor["parts"].values())
     assert floor["step"] == pytest.approx(sum(floor["parts"].values()))
     assert floor["epoch"] == pytest.approx(2 * floor["step"]) and floor["bound_epoch"] > 0
@@ -185,8 +185,8 @@ def test_slifmr_has_its_floor_beside_it(report):
     sizes = of(report, "SLIFMR")["sizes"]
     assert floor["nnz"]["user_means"] == sizes["training_interactions"]
     between_items = floor["nnz"]["interaction"] - sizes["training_interactions"]
-    assert 2 * 10 * TINY.items < between_items <= 3 * 2 * 10 * TINY.items  # of refresh and two modalities
-    assert TINY.items < floor["nnz"]["kg"] <= 2 * TINY.triples + 2 * 10 * TINY.items
+    assert 2 * 10 * TINY.items < between_items <= 5 * 2 * 10 * TINY.items  # of refresh, modalities, tags, shared users
+    assert TINY.items < floor["nnz"]["kg_tags"] <= 2 * 2 * 10 * TINY.items  # its own and that of the refresh
     assert all("floor" not in of(report, model) for model in MODELS[:3])
 
 
@@ -294,7 +294,7 @@ def test_the_gpu_script_does_a_little_of_everything_on_the_cpu(tmp_path, monkeyp
     outcome = CliRunner().invoke(gpu.main, ["--smoke", "--out", str(tmp_path)])
     assert outcome.exit_code == 0, outcome.output
     report = json.loads((tmp_path / "gpu.json").read_text())
-    assert list(report["parts"]) == ["tests", "agreement", "tiny, LightGCN", "tiny, SLIFMR"]
+    assert list(report["parts"]) == ["agreement", "tiny, SLIFMR", "tiny, LightGCN", "tests"]
     assert report["parts"]["tests"]["passed"] and "passed" in report["parts"]["tests"]["summary"]
     agreement = report["parts"]["agreement"]
     assert agreement["passed"] and set(agreement["models"]) == {"LightGCN", "SLIFMR"}
@@ -304,6 +304,13 @@ def test_the_gpu_script_does_a_little_of_everything_on_the_cpu(tmp_path, monkeyp
         assert all(0 < share < 1 for share in shares)
     table = (tmp_path / "gpu.md").read_text()
     assert "| tiny | LightGCN |" in table and "* agreement: agree with the CPU" in table
+
+
+def test_the_gpu_script_ends_with_status_1_where_tests_fail(tmp_path, monkeypatch):
+    failed = {"passed": False, "summary": "1 failed", "failed": ["FAILED test_x"]}
+    monkeypatch.setattr(gpu, "run_part", lambda part, left: failed if part.name == "tests" else {"left out": "no time"})
+    outcome = CliRunner().invoke(gpu.main, ["--smoke", "--out", str(tmp_path)])
+    assert outcome.exit_code == 1 and "1 failed; FAILED test_x" in outcome.output
 
 
 def test_parts_of_the_gpu_script_keep_their_time_and_say_how_they_failed(tmp_path):

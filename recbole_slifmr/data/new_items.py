@@ -94,10 +94,13 @@ def read_new_item_files(
         features: by modality, ``.npy`` or ``.parquet``.
     """
     table, columns = _frame(items, "items"), dict[str, str]()
-    tokens, column = tokens_of(table, str(items), "item", columns), find_column(table, str(items), "item", columns)
+    column = find_column(table, str(items), "item", columns)
+    if column is None:
+        raise DataError(f"{items} has no column of items, only {', '.join(table.columns)}: call it item_id")
+    tokens = tokens_of(table, str(items), "item", columns)
     frames = {}
     for name, path in (features or {}).items():
-        _, ids, values = read_feature_file(path, name, column or "", items, tokens)
+        _, ids, values = read_feature_file(path, name, column, items, tokens)
         frames[name] = pd.DataFrame(values, index=pd.Index(ids, dtype=object))
     return read_new_items(dataset, table, None if triples is None else _frame(triples, "triples"), frames)
 

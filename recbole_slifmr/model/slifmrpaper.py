@@ -3,9 +3,10 @@
 Guo, Jiang, Guo, Song, Sun, "SLIF-MR: Self-loop Iterative Fusion of Heterogeneous Auxiliary Information for Multimodal
 Recommendation", arXiv 2507.09998.
 
-Left out are the linear branch, the knowledge graph as features, item graphs among the interactions, hard negatives, and
-the interaction view as a residual: see ``properties/model/SLIFMRPaper.yaml``. Choices that the paper leaves open are
-those of SLIFMR.
+Left out are the linear branch, the knowledge graph as features, item graphs among the interactions, that of shared
+users included, hard negatives, the interaction view as a residual and the spectral start; the inter-modal loss is back,
+and the learning rate is .005, since training starts further away: see ``properties/model/SLIFMRPaper.yaml``. Other
+choices that the paper leaves open are those of SLIFMR.
 """
 
 from __future__ import annotations

@@ -113,17 +113,16 @@ def tag_factors(
     head, relation, tail = triples.T
     start, end = np.concatenate([head, tail]), np.concatenate([tail, head])
     kind = np.concatenate([2 * relation, 2 * relation + 1])
-    n_kinds = 2 * (int(relation.max(initial=0)) + 1)
     n_entities = max(n_items, int(triples[:, [0, 2]].max(initial=0)) + 1)
-    known = start < n_items
+    known, tag = start < n_items, kind * n_entities + end
+    near = np.unique(tag[known])
     onward, steps = None, np.zeros(0, dtype=np.int64)
     if n_hops == 2:
-        tags = _binary(start, kind * n_entities + end, (n_entities, n_kinds * n_entities))
-        onward = tags[:, np.unique(tags.indices[tags.indices % n_entities >= n_items])]
+        onward = _among(start, tag, np.unique(tag[end >= n_items]), n_entities)
         steps = np.unique(kind[known & (end >= n_items)])
 
     def rows(row: np.ndarray, kind: np.ndarray, end: np.ndarray, n_rows: int) -> scipy.sparse.csc_array:
-        found = [_binary(row, kind * n_entities + end, (n_rows, n_kinds * n_entities))]
+        found = [_among(row, kind * n_entities + end, near, n_rows)]
         for step in steps:
             chosen = (kind == step) & (end >= n_items)
             found.append(_binary(row[chosen], end[chosen], (n_rows, n_entities)) @ onward)
@@ -178,6 +177,13 @@ def new_tag_vectors(triples: np.ndarray, n_items: int, size: int, links: np.ndar
 def _unit_rows(matrix: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
     length = np.sqrt(matrix.power(2).sum(axis=1))
     return scipy.sparse.csr_array(scipy.sparse.diags_array(1 / np.where(length > 0, length, 1)) @ matrix)
+
+
+def _among(rows: np.ndarray, keys: np.ndarray, wanted: np.ndarray, n_rows: int) -> scipy.sparse.csr_array:
+    """Return ones in the rows at the places that their keys have among the ``wanted`` ones, sorted and unique."""
+    place = np.searchsorted(wanted, keys)
+    there = np.append(wanted, -1)[place] == keys
+    return _binary(rows[there], place[there], (n_rows, len(wanted)))
 
 
 def _binary(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> scipy.sparse.csr_array:
@@ -277,7 +283,9 @@ def invert(matrix: Tensor) -> Tensor:
         inverse = torch.from_numpy(columns.T)
         _mirror(inverse)
     if failed:
-        raise SettingError("the item-item matrix is not positive definite: set reg_weight higher")
+        raise SettingError(
+            "the item-item matrix is not positive definite: set reg_weight higher, for SLIFMR linear_reg_weight"
+        )
     return inverse
 
 
@@ -454,7 +462,9 @@ class NeighbourSolver:
             system.diagonal(dim1=1, dim2=2).add_(reg + prior_weight)
             lower, info = torch.linalg.cholesky_ex(system)
             if info.any():
-                raise SettingError("the item-item matrix is not positive definite: set reg_weight higher")
+                raise SettingError(
+                    "the item-item matrix is not positive definite: set reg_weight higher, for SLIFMR linear_reg_weight"
+                )
             values[block] = torch.cholesky_solve(wanted.gather(1, neighbours).unsqueeze(2), lower).squeeze(2)
             near[block] = neighbours
         entries = values.flatten().numpy(), near.flatten().numpy()

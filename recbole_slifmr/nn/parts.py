@@ -48,8 +48,13 @@ class _SumOverParts(torch.autograd.Function):
                 gradients = torch.autograd.grad(found.sum(), wanted, allow_unused=True)
             values.append(found.detach())
             for k, gradient in enumerate(gradients):
-                before = sums[k]
-                sums[k] = gradient if before is None else before if gradient is None else before.add_(gradient)
+                if gradient is not None:  # it may be shared with another, so that only a copy may be added to
+                    before = sums[k]
+                    sums[k] = (
+                        gradient.clone(memory_format=torch.contiguous_format)
+                        if before is None
+                        else before.add_(gradient)
+                    )
         ctx.gradients = sums
         value = torch.stack(values).sum(0)
         ctx.mark_non_differentiable(value)

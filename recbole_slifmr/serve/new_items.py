@@ -7,6 +7,7 @@ its interaction view is its neighbours'.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from recbole_slifmr.data.new_items import NewItems
-from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.errors import DataError, SettingError, name_some
 from recbole_slifmr.model.fused import FusedRecommender
 from recbole_slifmr.model.linear import LinearRecommender
 from recbole_slifmr.nn.linear import history_scores
@@ -49,16 +50,33 @@ class NewItemScorer:
 
     @torch.no_grad()
     def __init__(self, trained: Trained, new: NewItems) -> None:
-        model, self.trained = trained.model, trained
-        self.tokens = np.array(["", *new.tokens], dtype=object)  # column 0 of the scores is padding
+        model, self.trained, device = trained.model, trained, trained.config["device"]
         self.weights: Tensor | None = None
         self.items: Tensor | None = None
         if isinstance(model, LinearRecommender):
-            self.weights = model.new_item_weights(trained.dataset, new)
+            self.weights = model.new_item_weights(trained.dataset, new).to(device)
         elif isinstance(model, FusedRecommender):
             self.items = model.new_item_representations(trained.dataset, new)
             if model.linear is not None:
                 self.weights = model.linear.new_item_weights(model.new_content(trained.dataset, new))
+        self.tokens = np.array(["", *self._drop_unknown(new.tokens)], dtype=object)  # column 0 of scores is padding
+
+    def _drop_unknown(self, tokens: np.ndarray) -> np.ndarray:
+        """Drop the items of which the model sees nothing, which would all score zero; return the tokens of the rest."""
+        known = torch.zeros(len(tokens), dtype=torch.bool, device=self.trained.config["device"])
+        if self.items is not None:
+            known |= self.items.any(dim=1)
+        if self.weights is not None:
+            known |= self.weights.any(dim=0)
+        if known.all():
+            return tokens
+        left_out, name = tokens[~known.cpu().numpy()].tolist(), self.trained.config["model"]
+        if not known.any():
+            raise SettingError(f"{name} gives no weight to what is known of the new items {name_some(left_out)}")
+        warnings.warn(f"new items {name_some(left_out)} are left out: {name} sees nothing of them", stacklevel=3)
+        self.items = None if self.items is None else self.items[known]
+        self.weights = None if self.weights is None else self.weights[:, known]
+        return tokens[known.cpu().numpy()]
 
     def recommend(self, users: np.ndarray, k: int) -> Iterator[Ranking]:
         """Rank the new items for users of the training, ids ``[n]``; ids of items are places in ``tokens``."""

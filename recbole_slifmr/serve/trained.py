@@ -23,7 +23,7 @@ from recbole_slifmr.data.history import History
 from recbole_slifmr.errors import DataError, SettingError, name_some
 from recbole_slifmr.host import own
 from recbole_slifmr.host.settings import bad_input, model_names
-from recbole_slifmr.model.slifmr import SLIFMR
+from recbole_slifmr.model.fused import FusedRecommender
 from recbole_slifmr.nn.linear_branch import LinearBranch
 from recbole_slifmr.paths import find_data_path
 from recbole_slifmr.training.checkpoint import check_data, read_checkpoint
@@ -132,8 +132,8 @@ class Trained:
 
     @property
     def linear_branch(self) -> LinearBranch | None:
-        """What a SLIFMR adds to the inner products of its embeddings; None for other models and without a branch."""
-        return self.model.linear if isinstance(self.model, SLIFMR) else None
+        """What a model of several views adds to the inner products of its embeddings; None without a branch."""
+        return self.model.linear if isinstance(self.model, FusedRecommender) else None
 
     def _candidates(self) -> Iterator[tuple[Any, Any]]:
         model = self.model
