@@ -11,6 +11,7 @@ import torch
 from recbole_slifmr import Recommender
 from recbole_slifmr.cli import main
 from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.nn import linear
 from recbole_slifmr.nn.encoder import FeatureEncoder
 from recbole_slifmr.nn.linear import Source, gram, new_tag_vectors, solve_columns, tag_factor, tag_factors, tag_vectors
 
@@ -145,7 +146,7 @@ def test_a_closed_form_gives_the_ridge_regression_on_the_items(trained, model):
     np.testing.assert_allclose(best["score"], [expected[item] for item in best["item"]], rtol=1e-4, atol=1e-6)
 
 
-def test_columns_solve_the_system():
+def test_columns_solve_the_system(monkeypatch):
     rng = np.random.default_rng(0)
     sources = [
         Source(torch.from_numpy(rng.normal(size=(30, 5)))),
@@ -154,6 +155,11 @@ def test_columns_solve_the_system():
     wanted = np.concatenate([rng.normal(size=(30, 4)), np.zeros((30, 1))], axis=1)
     expected = np.linalg.solve(gram(sources).numpy() + 2 * np.eye(30), wanted)
     np.testing.assert_allclose(solve_columns(sources, 2.0, wanted), expected, atol=1e-7)
+    monkeypatch.setattr(linear, "COLUMNS", 2)
+    np.testing.assert_allclose(solve_columns(sources, 2.0, wanted), expected, atol=1e-7)
+    monkeypatch.setattr(linear, "MOST_STEPS", 1)
+    with pytest.warns(UserWarning, match="the weights of new items are not exact: 1 steps were not enough"):
+        solve_columns(sources, 2.0, wanted)
 
 
 TRIPLES = np.array([(1, 1, 8), (2, 1, 8), (3, 1, 9), (4, 1, 9), (8, 2, 11), (9, 2, 11), (10, 3, 2), (10, 3, 3)])

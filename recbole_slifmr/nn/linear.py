@@ -21,7 +21,8 @@ faster: forming P from it takes as many operations as factorising and inverting 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -40,6 +41,7 @@ W = TypeVar("W", Tensor, scipy.sparse.csr_array)
 BLOCK = 1024  # rows of a dense matrix at a time
 TOLERANCE = 1e-8  # of conjugate gradients, relative
 MOST_STEPS = 2000
+COLUMNS = 256  # that they solve for at a time
 
 
 class Source(NamedTuple):
@@ -319,7 +321,7 @@ def solve_columns(sources: Sequence[Source], reg: float, wanted: np.ndarray) -> 
 
     With the cross-Gram matrix of new items for Y these are the weights that the items have in a ridge regression of the
     new items' rows: what the closed form would give to new items if they had been among the others. By conjugate
-    gradients (Hestenes, Stiefel, 1952), divided by the diagonal, all columns at a time.
+    gradients (Hestenes, Stiefel, 1952), divided by the diagonal, ``COLUMNS`` at a time.
 
     Args:
         sources: of the Gram matrices G.
@@ -328,20 +330,35 @@ def solve_columns(sources: Sequence[Source], reg: float, wanted: np.ndarray) -> 
     """
     factors = [(f.double().cpu().numpy() if isinstance(f, Tensor) else f, weight) for f, weight in sources]
     diagonal = (_diagonal(sources) + reg).cpu().numpy()[:, None]
+
+    def multiply(columns: np.ndarray) -> np.ndarray:
+        return reg * columns + sum(weight * (factor @ (factor.T @ columns)) for factor, weight in factors)
+
+    solution = np.empty_like(wanted)
+    for columns in _blocks(wanted.shape[1], COLUMNS):
+        solution[:, columns] = _conjugate_gradients(multiply, diagonal, wanted[:, columns])
+    return solution
+
+
+def _conjugate_gradients(
+    multiply: Callable[[np.ndarray], np.ndarray], diagonal: np.ndarray, wanted: np.ndarray
+) -> np.ndarray:
+    """Solve for all columns ``[n_items, n]`` at a time; warn where ``MOST_STEPS`` are not enough."""
     solution, residual = np.zeros_like(wanted), wanted.copy()
     goal = TOLERANCE * np.linalg.norm(wanted, axis=0)
     step = near = residual / diagonal
     product = (residual * near).sum(axis=0)
     for _ in range(MOST_STEPS):
         if (np.linalg.norm(residual, axis=0) <= goal).all():
-            break
-        change = reg * step + sum(weight * (factor @ (factor.T @ step)) for factor, weight in factors)
+            return solution
+        change = multiply(step)
         length = product / np.maximum((step * change).sum(axis=0), np.finfo(float).tiny)
         solution += length * step
         residual -= length * change
         near = residual / diagonal
         last, product = product, (residual * near).sum(axis=0)
         step = near + product / np.maximum(last, np.finfo(float).tiny) * step
+    warnings.warn(f"the weights of new items are not exact: {MOST_STEPS} steps were not enough", stacklevel=3)
     return solution
 
 
