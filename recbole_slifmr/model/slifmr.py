@@ -153,7 +153,9 @@ class SLIFMR(FusedRecommender):
         parts = super().memory_parts(settings, dataset, batch_size)
         n_views, n_items = 3 + len(dataset.item_features), dataset.item_num
         parts["item graphs"] += 2 * settings.refresh_k * n_items * (20 + 8 * n_views)
-        parts["item graphs"] += 40 * settings.knn_k * n_items * (settings.structure_weight > 0)
+        parts["item graphs"] += (
+            40 * settings.knn_k * n_items * (settings.structure_weight * sparsity(settings.dense_at, dataset) > 0)
+        )
         contrasts = (2 * n_views + 1) * settings.n_negatives + 30 * n_views * settings.embedding_size
         parts["training step"] += 4 * batch_size * contrasts
         parts["refresh"] = 12 * 1024 * n_items

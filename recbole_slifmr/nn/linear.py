@@ -41,7 +41,8 @@ W = TypeVar("W", Tensor, scipy.sparse.csr_array)
 BLOCK = 1024  # rows of a dense matrix at a time
 TOLERANCE = 1e-8  # of conjugate gradients, relative
 MOST_STEPS = 2000
-COLUMNS = 256  # that they solve for at a time
+SINGULAR = "the item-item matrix is not positive definite: set reg_weight higher, for SLIFMR linear_reg_weight"
+COLUMNS = 256  # that conjugate gradients solve for at a time
 
 
 class Source(NamedTuple):
@@ -285,9 +286,7 @@ def invert(matrix: Tensor) -> Tensor:
         inverse = torch.from_numpy(columns.T)
         _mirror(inverse)
     if failed:
-        raise SettingError(
-            "the item-item matrix is not positive definite: set reg_weight higher, for SLIFMR linear_reg_weight"
-        )
+        raise SettingError(SINGULAR)
     return inverse
 
 
@@ -479,9 +478,7 @@ class NeighbourSolver:
             system.diagonal(dim1=1, dim2=2).add_(reg + prior_weight)
             lower, info = torch.linalg.cholesky_ex(system)
             if info.any():
-                raise SettingError(
-                    "the item-item matrix is not positive definite: set reg_weight higher, for SLIFMR linear_reg_weight"
-                )
+                raise SettingError(SINGULAR)
             values[block] = torch.cholesky_solve(wanted.gather(1, neighbours).unsqueeze(2), lower).squeeze(2)
             near[block] = neighbours
         entries = values.flatten().numpy(), near.flatten().numpy()

@@ -20,7 +20,7 @@ def sum_over_parts(
 ) -> Tensor:
     """Return the terms of a loss, summed over the parts of a batch, ``[T]``.
 
-    The gradient is that of the *sum* of the terms, and all of it comes with the first term: only the sum of what is
+    The gradient is that of the *sum* of the terms, each of which carries an equal share of it: only the sum of what is
     returned may be differentiated.
 
     Args:
@@ -32,7 +32,7 @@ def sum_over_parts(
     if not torch.is_grad_enabled():
         return torch.stack([terms(list(inputs), part) for part in parts]).sum(0)
     total, values = _SumOverParts.apply(terms, parts, len(inputs), *inputs, *parameters)
-    return torch.cat([(values[0] + (total - total.detach())).unsqueeze(0), values[1:]])
+    return values + (total - total.detach()) / len(values)
 
 
 class _SumOverParts(torch.autograd.Function):
@@ -48,13 +48,11 @@ class _SumOverParts(torch.autograd.Function):
                 gradients = torch.autograd.grad(found.sum(), wanted, allow_unused=True)
             values.append(found.detach())
             for k, gradient in enumerate(gradients):
-                if gradient is not None:  # it may be shared with another, so that only a copy may be added to
-                    before = sums[k]
-                    sums[k] = (
-                        gradient.clone(memory_format=torch.contiguous_format)
-                        if before is None
-                        else before.add_(gradient)
-                    )
+                before = sums[k]
+                if before is None:  # a gradient may be shared with another: only a copy may be added to
+                    sums[k] = None if gradient is None else gradient.clone(memory_format=torch.contiguous_format)
+                elif gradient is not None:
+                    before.add_(gradient)
         ctx.gradients = sums
         value = torch.stack(values).sum(0)
         ctx.mark_non_differentiable(value)
