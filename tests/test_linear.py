@@ -24,11 +24,10 @@ from recbole_slifmr.nn.linear import (
     Source,
     feature_factor,
     interaction_factor,
-    tag_factor,
-    tag_vectors,
     top_weights,
 )
 from recbole_slifmr.nn.linear_branch import LinearBranch
+from recbole_slifmr.nn.tags import tag_factor, tag_vectors
 from recbole_slifmr.search.space import grid, parse_space
 from recbole_slifmr.training.checkpoint import read_checkpoint
 from recbole_slifmr.training.experiment import run

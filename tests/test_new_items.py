@@ -13,7 +13,12 @@ from recbole_slifmr.cli import main
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.nn import linear
 from recbole_slifmr.nn.encoder import FeatureEncoder
-from recbole_slifmr.nn.linear import Source, gram, new_tag_vectors, solve_columns, tag_factor, tag_factors, tag_vectors
+from recbole_slifmr.nn.linear import (
+    Source,
+    gram,
+    solve_columns,
+)
+from recbole_slifmr.nn.tags import new_tag_vectors, tag_factor, tag_factors, tag_vectors
 
 QUICK = {"topk": [5], "valid_metric": "Recall@5", "epochs": 10, "train_batch_size": 128}
 N_USERS, N_ITEMS, GROUPS = 40, 60, 2

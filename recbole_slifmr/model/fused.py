@@ -41,11 +41,10 @@ from recbole_slifmr.nn.linear import (
     Source,
     cross_gram,
     interaction_factor,
-    new_tag_vectors,
-    tag_vectors,
 )
 from recbole_slifmr.nn.linear_branch import LinearBranch
 from recbole_slifmr.nn.sparse import SparseMatrix
+from recbole_slifmr.nn.tags import new_tag_vectors, tag_vectors
 
 KG_VIEWS = ("graph", "tags", "both", "none")
 MOST_TAG_NUMBERS = 256

@@ -32,9 +32,8 @@ from recbole_slifmr.nn.linear import (
     feature_mean,
     history_scores,
     interaction_factor,
-    tag_factor,
-    tag_factors,
 )
+from recbole_slifmr.nn.tags import tag_factor, tag_factors
 
 PRECISIONS = {"double": torch.float64, "single": torch.float32}
 PLACES = ("modalities", "feature_path")  # where the features lie, which may change behind a checkpoint
@@ -227,7 +226,7 @@ def content_sources(
         modality_weights: by name.
         feature_weight: of the modalities that have none by name.
         kg_weight: of the tags.
-        kg_hops: see :func:`~recbole_slifmr.nn.linear.tag_factor`.
+        kg_hops: see :func:`~recbole_slifmr.nn.tags.tag_factor`.
     """
     weights = dict.fromkeys(dataset.item_features, feature_weight) | modality_weights
     sources = {
