@@ -53,7 +53,7 @@ def dense(source):
 
 
 def plain_ease(gram, reg):
-    """EASE as its paper writes it, of a Gram matrix."""
+    """EASE as its paper writes it, of a Gram matrix; ``reg`` may differ from item to item."""
     inverse = np.linalg.inv(gram + reg * np.eye(len(gram)))
     weights = inverse / -np.diag(inverse)
     np.fill_diagonal(weights, 0)
@@ -160,18 +160,35 @@ def test_few_neighbours_are_the_optimum_over_them(sources):
 
 
 @pytest.mark.parametrize("solver", [DenseSolver(), NeighbourSolver(N_ITEMS)], ids=["dense", "neighbours"])
-def test_leave_one_out_scores_are_those_of_weights_fitted_without_the_user(sources, solver):
+def test_each_item_may_have_a_penalty_of_its_own(sources, solver):
+    gram = sum(dense(source) @ dense(source).T for source in sources)
+    reg = np.linspace(1, 9, N_ITEMS)
+    weights = solver.solve(sources, torch.from_numpy(reg))
+    expected = plain_ease(gram, reg)
+    np.testing.assert_allclose(weights.toarray() if scipy.sparse.issparse(weights) else weights, expected, atol=1e-10)
+    x = torch.linalg.solve(torch.from_numpy(gram + np.diag(reg)), torch.ones(N_ITEMS, 1, dtype=torch.float64))
+    found = linear.solve_columns(sources, torch.from_numpy(reg), np.ones((N_ITEMS, 1)))
+    np.testing.assert_allclose(found, x.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("user_power, popularity_reg", [(0.0, 0.0), (0.5, 2.0)])
+@pytest.mark.parametrize("solver", [DenseSolver(), NeighbourSolver(N_ITEMS)], ids=["dense", "neighbours"])
+def test_leave_one_out_scores_are_those_of_weights_fitted_without_the_user(sources, solver, user_power, popularity_reg):
     history = sources[0].factor.T.tocsr()
     x = history.toarray()
-    branch = LinearBranch(history, lambda: sources, REG, 2.5, solver, "cpu")
-    full = sum(dense(source) @ dense(source).T for source in sources)
-    expected = np.stack([row @ plain_ease(full - np.outer(row, row), REG) for row in x])
+    branch = LinearBranch(history, lambda: sources[1:], REG, 2.5, solver, "cpu", user_power, popularity_reg)
+    counts = np.maximum(x.sum(axis=1), 1)
+    shares = (counts / counts.mean()) ** -user_power
+    reg = REG + popularity_reg * x.sum(axis=0)
+    full = x.T @ np.diag(shares) @ x + dense(sources[1]) @ dense(sources[1]).T
+    rest = [full - share * np.outer(row, row) for row, share in zip(x, shares, strict=True)]
+    expected = np.stack([row @ plain_ease(gram, reg) for row, gram in zip(x, rest, strict=True)])
     users, items = torch.arange(N_USERS), torch.arange(N_ITEMS).expand(N_USERS, -1)
     scores = branch.leave_one_out(users, items, torch.from_numpy(x > 0))
     np.testing.assert_allclose(scores / branch.scale, expected, atol=1e-6)
     lacking = (x == 0) & x.any(axis=1, keepdims=True) & (np.arange(N_ITEMS) > 0)  # item 0 is padding
     assert branch.scale * expected[lacking].std() == pytest.approx(2.5, rel=1e-5)
-    np.testing.assert_allclose(branch.scores(users), branch.scale * x @ plain_ease(full, REG), atol=1e-5)
+    np.testing.assert_allclose(branch.scores(users), branch.scale * x @ plain_ease(full, reg), atol=1e-5)
     torch.testing.assert_close(branch.pair_scores(users, items), branch.scores(users))
 
 

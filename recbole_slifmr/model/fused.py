@@ -22,7 +22,7 @@ from recbole_slifmr.data.new_items import NewItems
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import GraphRecommender
 from recbole_slifmr.model.linear import content_sources, new_content_sources
-from recbole_slifmr.model.settings import Count, FeatureSettings, GraphSettings, Positive, Weight, Whole
+from recbole_slifmr.model.settings import Count, FeatureSettings, GraphSettings, Positive, Share, Weight, Whole
 from recbole_slifmr.nn.encoder import (
     MOST_AHEAD,
     RELATION_WEIGHTS,
@@ -102,6 +102,8 @@ class FusedSettings(FeatureSettings, GraphSettings):
     normalize_views: bool
     linear_scale: Weight
     linear_reg_weight: Positive
+    linear_popularity_reg: Weight
+    linear_user_power: Share
     linear_feature_weight: Weight
     linear_kg_weight: Weight
     linear_max_items: Count
@@ -183,12 +185,20 @@ class FusedRecommender(GraphRecommender):
         settings, (users, items) = self.settings, self.training_interactions(dataset).cpu().numpy()
         history = interaction_factor(users, items, self.n_users, self.n_items).T.tocsr()
 
-        def sources() -> list[Source]:
-            content = content_sources(dataset, {}, settings.linear_feature_weight, settings.linear_kg_weight)
-            return [Source(history.T.tocsr()), *content.values()]
+        def content() -> list[Source]:
+            weights = settings.linear_feature_weight, settings.linear_kg_weight
+            return list(content_sources(dataset, {}, *weights).values())
 
-        solver = linear_solver(settings, self.n_items, self.device)
-        return LinearBranch(history, sources, settings.linear_reg_weight, weight, solver, self.device)
+        return LinearBranch(
+            history,
+            content,
+            settings.linear_reg_weight,
+            weight,
+            linear_solver(settings, self.n_items, self.device),
+            self.device,
+            settings.linear_user_power,
+            settings.linear_popularity_reg,
+        )
 
     def reset_parameters(self) -> None:
         """Initialise all parameters; fusion starts as the plain mean of the views."""

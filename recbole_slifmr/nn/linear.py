@@ -5,9 +5,11 @@ feature vector, the tags that its neighbours in the knowledge graph give it. Wit
 weighted sum of their Gram matrices, the weights B minimise
 
 .. math::
-    \sum_s w_s \|F_s^T - F_s^T B\|^2 + \lambda \|B\|^2 + \lambda_C \|B - C\|^2 \quad \text{with diag}(B) = 0 .
+    \sum_s w_s \|F_s^T - F_s^T B\|^2 + \sum_{ij} \lambda_i B_{ij}^2 + \lambda_C \|B - C\|^2
+    \quad \text{with diag}(B) = 0 .
 
-With :math:`P = (G + (\lambda + \lambda_C) I)^{-1}` and :math:`Q = \lambda_C P C` the solution is, off the diagonal,
+The closed forms have one :math:`\lambda` for all items. With :math:`\Lambda = \mathrm{diag}(\lambda_i)`,
+:math:`P = (G + \Lambda + \lambda_C I)^{-1}` and :math:`Q = \lambda_C P C` the solution is, off the diagonal,
 
 .. math:: B = Q - P \, \mathrm{diag}\left(\frac{1 + \mathrm{diag}(Q)}{\mathrm{diag}(P)}\right) .
 
@@ -108,14 +110,14 @@ def gram(sources: Sequence[Source], dtype: torch.dtype = torch.float64) -> Tenso
     return total
 
 
-def residual_variances(sources: Sequence[Source], reg: float, weights: Matrix) -> Tensor:
+def residual_variances(sources: Sequence[Source], reg: float | Tensor, weights: Matrix) -> Tensor:
     r"""Return what the other items leave of each item's row, ``[n_items]`` float64: :math:`1 / P_{jj}`.
 
-    :math:`G_{jj} + \lambda - \sum_i G_{ij} B_{ij}`, the Schur complement, for weights B that have no prior.
+    :math:`G_{jj} + \lambda_j - \sum_i G_{ij} B_{ij}`, the Schur complement, for weights B that have no prior.
 
     Args:
         sources: of the Gram matrices G.
-        reg: :math:`\lambda`.
+        reg: :math:`\lambda`, or that of each item, ``[n_items]``.
         weights: B, ``[n_items, n_items]``; where its columns have a fixed number of weights, P is that of these items.
     """
     n_items = weights.shape[0]
@@ -198,8 +200,8 @@ def cross_gram(sources: Sequence[Source], new: Sequence[Source]) -> np.ndarray:
     return np.sum(parts, axis=0)
 
 
-def solve_columns(sources: Sequence[Source], reg: float, wanted: np.ndarray) -> np.ndarray:
-    r"""Return :math:`(G + \lambda I)^{-1} Y`, ``[n_items, n]`` float64, without forming G.
+def solve_columns(sources: Sequence[Source], reg: float | Tensor, wanted: np.ndarray) -> np.ndarray:
+    r"""Return :math:`(G + \Lambda)^{-1} Y`, ``[n_items, n]`` float64, without forming G.
 
     With the cross-Gram matrix of new items for Y these are the weights that the items have in a ridge regression of the
     new items' rows: what the closed form would give to new items if they had been among the others. By conjugate
@@ -207,14 +209,15 @@ def solve_columns(sources: Sequence[Source], reg: float, wanted: np.ndarray) -> 
 
     Args:
         sources: of the Gram matrices G.
-        reg: :math:`\lambda`, above 0.
+        reg: :math:`\lambda`, above 0, or that of each item, ``[n_items]``.
         wanted: Y, ``[n_items, n]``.
     """
     factors = [(f.double().cpu().numpy() if isinstance(f, Tensor) else f, weight) for f, weight in sources]
     diagonal = (_diagonal(sources) + reg).cpu().numpy()[:, None]
+    penalty = reg.numpy()[:, None] if isinstance(reg, Tensor) else reg
 
     def multiply(columns: np.ndarray) -> np.ndarray:
-        return reg * columns + sum(weight * (factor @ (factor.T @ columns)) for factor, weight in factors)
+        return penalty * columns + sum(weight * (factor @ (factor.T @ columns)) for factor, weight in factors)
 
     solution = np.empty_like(wanted)
     for columns in _blocks(wanted.shape[1], COLUMNS):
@@ -250,12 +253,14 @@ def _conjugate_gradients(
 class Solver(Protocol[W]):
     """Solves for the weights of a linear model, see the module's formula."""
 
-    def solve(self, sources: Sequence[Source], reg: float, prior: W | None = None, prior_weight: float = 0.0) -> W:
+    def solve(
+        self, sources: Sequence[Source], reg: float | Tensor, prior: W | None = None, prior_weight: float = 0.0
+    ) -> W:
         """Return the weights B, ``[n_items, n_items]``: column j holds what item j's score takes of each item.
 
         Args:
             sources: what to reconstruct.
-            reg: weight of the squared weights, above 0.
+            reg: of the squared weights, above 0; one number, or one for the weights on each item, ``[n_items]``.
             prior: weights C, to which B is drawn; may be overwritten.
             prior_weight: how strongly.
 
@@ -290,11 +295,11 @@ class DenseSolver:
         self.dtype, self.device = dtype, device
 
     def solve(
-        self, sources: Sequence[Source], reg: float, prior: Tensor | None = None, prior_weight: float = 0.0
+        self, sources: Sequence[Source], reg: float | Tensor, prior: Tensor | None = None, prior_weight: float = 0.0
     ) -> Tensor:
         """Return the weights, see :class:`Solver`: dense, in the solver's precision."""
         matrix = self.gram(sources)
-        matrix.diagonal().add_(reg + prior_weight)
+        matrix.diagonal().add_(reg.to(matrix) + prior_weight if isinstance(reg, Tensor) else reg + prior_weight)
         inverse = invert(matrix)
         if prior is None:
             weights = inverse.div_(-inverse.diagonal().clone())
@@ -340,13 +345,14 @@ class NeighbourSolver:
     def solve(
         self,
         sources: Sequence[Source],
-        reg: float,
+        reg: float | Tensor,
         prior: scipy.sparse.csr_array | None = None,
         prior_weight: float = 0.0,
     ) -> scipy.sparse.csr_array:
         """Return the weights, see :class:`Solver`: sparse."""
         n_items = sources[0].factor.shape[0]
-        scale = (_diagonal(sources) + reg + prior_weight).rsqrt()
+        penalty = torch.as_tensor(reg + prior_weight, dtype=torch.float64).expand(n_items)
+        scale = (_diagonal(sources) + penalty).rsqrt()
         columns = None if prior is None else prior.tocsc()
         k = min(self.n_neighbours, n_items - 1)
         near, values = torch.empty(n_items, k, dtype=torch.int64), torch.empty(n_items, k, dtype=torch.float64)
@@ -358,7 +364,7 @@ class NeighbourSolver:
             rank[torch.arange(len(rank)), torch.arange(block.start, block.stop)] = -1  # no weight on itself
             neighbours = rank.topk(k, dim=1).indices
             system = _gram_among(sources, neighbours)
-            system.diagonal(dim1=1, dim2=2).add_(reg + prior_weight)
+            system.diagonal(dim1=1, dim2=2).add_(penalty[neighbours])
             lower, info = torch.linalg.cholesky_ex(system)
             if info.any():
                 raise SettingError(SINGULAR)

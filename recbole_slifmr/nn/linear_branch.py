@@ -1,17 +1,20 @@
 r"""The linear branch: scores of a linear item-item model, to be added to those of a model that is trained beside it.
 
-B is the ridge regression of ``nn/linear.py`` over interactions and content, with
-:math:`P = (G + \lambda I)^{-1}`. A user with the interactions x scores item j with :math:`s_j = (x B)_j`.
+B is the ridge regression of ``nn/linear.py`` over interactions and content. A user with the interactions x scores item
+j with :math:`s_j = (x B)_j`. Users and items do not all count the same in it: the row of a user with n interactions, of
+:math:`\bar n` on average, weighs :math:`v = (n / \bar n)^{-a}`, and the weights on an item that c users have are
+penalised by :math:`\lambda_i = \lambda + b c`. The second is what dropping out interactions at random, a share of
+:math:`b / (1 + b)`, comes to (Steck, NeurIPS 2020). In the following :math:`P = (G + \Lambda)^{-1}`.
 
 While the other model is trained, B must not have seen the user's own row, or every positive item would look explained.
 Refitting without it changes P by a rank of one, so that the leave-one-user-out score follows from B,
 :math:`p_j = P_{jj}` and :math:`h = x P x^T` exactly:
 
 .. math::
-    \ell_j = \frac{s_j}{(1 - h) + p_j s_j^2} \;\; (j \notin x), \qquad
-    \ell_j = 1 - \frac{1 - s_j}{(1 - h) + p_j (1 - s_j)^2} \;\; (j \in x) .
+    \ell_j = \frac{s_j}{(1 - v h) + v p_j s_j^2} \;\; (j \notin x), \qquad
+    \ell_j = 1 - \frac{1 - s_j}{(1 - v h) + v p_j (1 - s_j)^2} \;\; (j \in x) .
 
-Both follow from :math:`v = x P` with :math:`v_j = -p_j s_j` outside x and :math:`v_j = p_j (1 - s_j)` within, and from
+Both follow from :math:`q = x P` with :math:`q_j = -p_j s_j` outside x and :math:`q_j = p_j (1 - s_j)` within, and from
 the Sherman-Morrison formula. Where B has no more than a fixed number of weights per column, they are approximations.
 """
 
@@ -43,25 +46,31 @@ class LinearBranch:
 
     Args:
         history: which users have which item, ``[n_users, n_items]``.
-        sources: returns the interactions and what else is known of the items, in which solving takes double precision;
-            they are not kept.
+        content: returns what is known of the items beside the interactions; it is not kept.
         reg: :math:`\lambda`.
         size: standard deviation of the scores of the items that a user does not have.
         solver: of B.
         device: of the scores.
+        user_power: a, how much less a user with many interactions counts.
+        popularity_reg: b, the penalty on an item per user who has it.
     """
 
     def __init__(
         self,
         history: scipy.sparse.csr_array,
-        sources: Callable[[], Sequence[Source]],
+        content: Callable[[], Sequence[Source]],
         reg: float,
         size: float,
         solver: Solver[Any],
         device: torch.device | str,
+        user_power: float = 0.0,
+        popularity_reg: float = 0.0,
     ) -> None:
-        self.history, self.sources, self.reg, self.size, self.solver = history, sources, reg, size, solver
-        self.device = device
+        self.history, self.content, self.size, self.solver, self.device = history, content, size, solver, device
+        counts = np.maximum(np.diff(history.indptr), 1)
+        self._shares = (counts / counts.mean()) ** -user_power
+        self._user_weights = torch.from_numpy(self._shares.astype(np.float32)).to(device)
+        self.reg = reg + popularity_reg * torch.from_numpy(history.sum(axis=0).astype(np.float64))
         self._items = torch.from_numpy(history.indices.astype(np.int64)).to(device)
         self._bounds = torch.from_numpy(history.indptr.astype(np.int64)).to(device)
         self._columns: scipy.sparse.csr_array | None = None
@@ -99,7 +108,7 @@ class LinearBranch:
         Args:
             wanted: the content's inner products of items and new items, ``[n_items, n_new]``.
         """
-        weights = torch.from_numpy(solve_columns(self.sources(), self.reg, wanted))
+        weights = torch.from_numpy(solve_columns(self._sources(), self.reg, wanted))
         return weights.float().to(self.device).mul_(self.scale)
 
     def pair_scores(self, users: Tensor, items: Tensor) -> Tensor:
@@ -116,12 +125,17 @@ class LinearBranch:
         """
         weights, variance, leverage, scale = self._solution()
         sums = self._sums(weights, users, items)
-        return scale * _without_user(sums, variance[items], leverage[users].unsqueeze(1), known)
+        variance = variance[items] * self._user_weights[users].unsqueeze(1)
+        return scale * _without_user(sums, variance, leverage[users].unsqueeze(1), known)
+
+    def _sources(self) -> list[Source]:
+        users = scipy.sparse.diags_array(np.sqrt(self._shares))
+        return [Source((self.history.T @ users).tocsr()), *self.content()]
 
     def _solution(self) -> tuple[Matrix, Tensor, Tensor, float]:
-        """Return B, the diagonal of P ``[n_items]``, the leverage h of each user ``[n_users]`` and the scale."""
+        """Return B, the diagonal of P ``[n_items]``, the leverage v h of each user ``[n_users]`` and the scale."""
         if self._solved is None:
-            sources = self.sources()
+            sources = self._sources()
             weights = self.solver.solve(sources, self.reg)
             variance = (1 / residual_variances(sources, self.reg, weights)).float().to(self.device)
             del sources
@@ -133,7 +147,7 @@ class LinearBranch:
             ]
             own, of_item = torch.cat(sums).squeeze(1), variance[self._items]
             leverage = _sums_of_rows((of_item * (1 - own)).unsqueeze(1), self._bounds[:-1])
-            leverage = leverage.squeeze(1).clamp(max=MOST_LEVERAGE)
+            leverage = (leverage.squeeze(1) * self._user_weights).clamp(max=MOST_LEVERAGE)
             noise = self._noise(weights, variance, leverage)
             self._solved = weights, variance, leverage, self.size / noise if noise > 0 else 0.0
         return self._solved
@@ -151,7 +165,8 @@ class LinearBranch:
             lacking = torch.from_numpy(history.toarray() == 0).to(self.device)
             lacking[:, 0] = False
             scores = history_scores(history, weights, self.device)
-            scores = _without_user(scores, variance, leverage[some].unsqueeze(1), ~lacking).double() * lacking
+            own = leverage[some].unsqueeze(1), self._user_weights[some].unsqueeze(1)
+            scores = _without_user(scores, variance * own[1], own[0], ~lacking).double() * lacking
             sums.append(torch.stack([lacking.sum(), scores.sum(), scores.square().sum()]))
         count, total, squares = torch.stack(sums).sum(0).tolist()
         return max(squares / count - (total / count) ** 2, 0.0) ** 0.5 if count else 0.0
