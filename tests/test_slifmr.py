@@ -166,7 +166,7 @@ def dense_views(model, dataset, feedback):
     items = model.item_embedding.weight
     c = torch.zeros(n_items, n_items)
     c[tuple(cooccurrence_graph(model.interaction_encoder.edge_index, n_users, n_items, model.settings.knn_k))] = 1
-    sparsity = max(1 - r.sum() / r.any(1).sum() / model.settings.dense_at, 0.0)
+    sparsity = r.any(1).sum() / r.sum()
     block = model.settings.eta_interaction * dense_normalized(s)
     block = block + sparsity * model.settings.structure_weight * dense_normalized(c)
     views, masks = [], [torch.ones(n_items, dtype=torch.bool)]
@@ -322,20 +322,17 @@ def test_with_more_items_than_a_matrix_has_room_for_the_linear_branch_has_neighb
 
 def test_the_additions_for_sparse_data_count_less_with_more_interactions_per_user(tiny, build):
     settings = {"linear_scale": 3.0, "structure_weight": 0.4}
-    whole = build(tiny, **settings, dense_at=0.0)
-    users = whole.train._dataset.inter_feat["user_id"]
+    users = build(tiny).train._dataset.inter_feat["user_id"]
     per_user = len(users) / len(users.unique())
-    spread, weight = {}, {}
-    for dense_at in (0.0, 2 * per_user, 4 * per_user):
-        model = build(tiny, **settings, dense_at=dense_at).model
+    for dense_at in (0.0, 1.1 * per_user):
+        run = build(tiny, **settings, dense_at=dense_at)
+        model = run.model
         known = torch.zeros(model.n_users, model.n_items, dtype=torch.bool)
-        known[tuple(model.training_interactions(whole.train._dataset))] = True
+        known[tuple(model.training_interactions(run.train._dataset))] = True
         items = torch.arange(model.n_items).expand(model.n_users, -1)
         scores = model.linear.leave_one_out(torch.arange(model.n_users), items, known)[1:, 1:]
-        spread[dense_at] = scores[~known[1:, 1:]].std(correction=0).item()
-        weight[dense_at] = model.structure_weight
-    assert list(spread.values()) == pytest.approx([3.0, 1.5, 2.25], rel=1e-3)
-    assert list(weight.values()) == pytest.approx([0.4, 0.2, 0.3])
+        assert scores[~known[1:, 1:]].std(correction=0).item() == pytest.approx(3.0 / per_user, rel=1e-3)
+        assert model.structure_weight == pytest.approx(0.4 / per_user)
     for dense_at in (per_user, per_user / 2):
         model = build(tiny, **settings, dense_at=dense_at).model
         assert model.linear is None and model.structure_weight == 0
@@ -349,7 +346,8 @@ def test_items_that_share_most_users_are_linked_in_the_interaction_graph(tiny, b
     expected = cooccurrence_graph(run.model.interaction_encoder.edge_index, run.model.n_users, run.model.n_items, 2)
     degree = torch.bincount(expected[0], minlength=run.model.n_items).float()
     torch.testing.assert_close(block.edge_index, expected)
-    torch.testing.assert_close(block.edge_weight, 0.3 / (degree[expected[0]] * degree[expected[1]]).sqrt())
+    weight = run.model.structure_weight / (degree[expected[0]] * degree[expected[1]]).sqrt()
+    torch.testing.assert_close(block.edge_weight, weight)
 
 
 def test_tags_of_the_knowledge_graph_are_a_view_of_their_own(tiny, build):

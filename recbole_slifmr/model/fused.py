@@ -381,16 +381,15 @@ class FusedRecommender(GraphRecommender):
 
 
 def linear_scale(settings: FusedSettings, dataset: Any) -> float:
-    """Return the weight of the linear branch: less with more interactions per user, 0 from ``dense_at`` on."""
+    """Return the standard deviation of the linear branch's scores, see :func:`sparsity`."""
     return settings.linear_scale * sparsity(settings.dense_at, dataset)
 
 
 def sparsity(dense_at: float, dataset: Any) -> float:
-    """Return what of the additions for sparse data counts: 1 less the mean interactions per user over ``dense_at``."""
-    if not dense_at:
-        return 1.0
+    """Return what the additions for sparse data count by: 1 / mean interactions per user, 0 from ``dense_at`` on."""
     users = dataset.inter_feat[dataset.uid_field]
-    return max(1 - len(users) / len(users.unique()) / dense_at, 0.0)
+    mean = len(users) / len(users.unique())
+    return 1 / mean if not dense_at or mean < dense_at else 0.0
 
 
 def linear_solver(settings: FusedSettings, n_items: int, device: torch.device | str) -> Solver[Any]:
