@@ -82,7 +82,9 @@ class DataSettings:
         for name, annotation in get_type_hints(cls, include_extras=True).items():
             values[name] = getattr(cls, name, None) if config[name] is None else config[name]
             if values[name] is None and type(None) not in split_type(annotation)[0]:
-                raise SettingError(f"{name} has no value: set it; a checkpoint of an earlier version has to be made anew")
+                raise SettingError(
+                    f"{name} has no value: set it; a checkpoint of an earlier version has to be made anew"
+                )
             check(name, values[name], annotation)
         return cls(**values)
 
