@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from recbole.quick_start import run_recbole
 from scipy import stats
 
 from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.paths import PROPERTIES
 from recbole_slifmr.study import runs, statistics, tables
 from recbole_slifmr.study.benchmark import benchmark, make_plan, origin_of_settings, run_plan
 from recbole_slifmr.study.page import write_page
@@ -340,9 +342,10 @@ def test_tuned_settings_come_from_files_and_are_told(folder):
     (params / "BPR.yaml").write_text("embedding_size: 8\n")
     plan = plan_of(folder, ["SLIFMR", "BPR", "LightGCN"], params=params)
     assert plan.tuned == {"SLIFMR": 12, "BPR": None}
+    stated = (PROPERTIES / "model" / "SLIFMR.yaml").read_text(encoding="utf-8")
+    by_hand = re.search(r"^# runs behind the defaults: (.+)$", stated, re.MULTILINE)[1]
     assert origin_of_settings(plan) == (
-        "Settings: SLIFMR (defaults from about 300 runs by hand, then 12 trials), BPR (trials unknown), "
-        "LightGCN (defaults)."
+        f"Settings: SLIFMR (defaults from {by_hand}, then 12 trials), BPR (trials unknown), LightGCN (defaults)."
     )
     by_model = {task.model: task for task in plan.tasks}
     from recbole_slifmr.host.settings import make_config
