@@ -165,8 +165,8 @@ class LinearBranch:
             lacking = torch.from_numpy(history.toarray() == 0).to(self.device)
             lacking[:, 0] = False
             scores = history_scores(history, weights, self.device)
-            own = leverage[some].unsqueeze(1), self._user_weights[some].unsqueeze(1)
-            scores = _without_user(scores, variance * own[1], own[0], ~lacking).double() * lacking
+            variances = variance * self._user_weights[some].unsqueeze(1)
+            scores = _without_user(scores, variances, leverage[some].unsqueeze(1), ~lacking).double() * lacking
             sums.append(torch.stack([lacking.sum(), scores.sum(), scores.square().sum()]))
         count, total, squares = torch.stack(sums).sum(0).tolist()
         return max(squares / count - (total / count) ** 2, 0.0) ** 0.5 if count else 0.0
