@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 import recbole_slifmr  # noqa: F401  registers the models
+from recbole_slifmr.files import replace_file
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.paths import PROPERTIES
 from recbole_slifmr.search.space import Point, Space, read_space, start
@@ -56,18 +61,24 @@ def search(model: str, dataset: str, settings: Mapping[str, Any], space: Space |
 
 
 def main() -> None:
-    """Print the settings found for each model, as YAML."""
+    """Print the settings found for each model as YAML, and write them to files if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--data_path", required=True)
     parser.add_argument("--models", default="EASE,CEASE,AddEASE,L3AE")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--out", type=Path, help="Folder for MODEL/best.yaml, as slifmr tune writes it.")
     asked = parser.parse_args()
     settings = {"data_path": asked.data_path, "threads": asked.threads, "show_progress": False, "state": "ERROR"}
     for model in asked.models.split(","):
         found = search(model, asked.dataset, settings)
-        print(f"# {model}\n# trials: {found.n_trials}\n# validation score: {found.score:.4f}")
-        print("".join(f"{name}: {value}\n" for name, value in found.point.items()), flush=True)
+        text = f"# closed_forms: {model} on {asked.dataset}\n# trials: {found.n_trials}\n"
+        text += f"# validation score: {found.score:.4f}\n{yaml.safe_dump(found.point, sort_keys=False)}"
+        print(text, flush=True)
+        if asked.out:
+            file = asked.out / model / "best.yaml"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 if __name__ == "__main__":
