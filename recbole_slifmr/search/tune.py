@@ -119,7 +119,7 @@ def run_search(
         ranked = trials[trials["status"].isin(("finished", "stopped"))]
         if ranked.empty:
             return Outcome(search.metric, trials, None, {}, None, pd.DataFrame(), {})
-        threads = max(1, int(share["cpu"]))
+        threads = _threads(search, share)
         device = {"threads": threads, **({"gpu_id": ""} if torch.cuda.is_available() and not share["gpu"] else {})}
         best, point = outcome.write_best(search, ranked.iloc[0], device)
         runs, failures = _score(search, best, threads, address)
@@ -301,7 +301,7 @@ def _trainable(
             save(Path(folder))
             ray_tune.report({**_seen(full), "report": full}, checkpoint=ray_tune.Checkpoint.from_directory(folder))
 
-    settings = search.config(point, **_run_settings(share))
+    settings = search.config(point, **_run_settings(search, share))
     checkpoint = ray_tune.get_checkpoint()
     with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
         data = None if shared[0] is None else _read_shared(shared[0])
@@ -319,10 +319,15 @@ def _seen(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: entry[name] for name in ("epoch", "score", "best_score", "finished")}
 
 
-def _run_settings(share: Mapping[str, float]) -> dict[str, Any]:
+def _run_settings(search: Search, share: Mapping[str, float]) -> dict[str, Any]:
     """Return the settings that depend on where a trial runs: threads, and the GPUs that Ray gave it."""
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "") if share["gpu"] else ""
-    return {"threads": max(1, int(share["cpu"])), "gpu_id": devices, "show_progress": False}
+    return {"threads": _threads(search, share), "gpu_id": devices, "show_progress": False}
+
+
+def _threads(search: Search, share: Mapping[str, float]) -> int:
+    """Return the CPU threads of a trial: the setting ``threads`` if it is given, else its share of the CPUs."""
+    return search.config()["threads"] or max(1, int(share["cpu"]))
 
 
 def _optuna(search: Search, metric: str, mode: str) -> Any:
