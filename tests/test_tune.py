@@ -218,6 +218,13 @@ def test_closed_forms_are_tried_once_each(session, data, tmp_path):
     assert len(pd.read_parquet(plan.out / "history.parquet")) == 2
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, 2), ({"threads": 1}, 1)])
+def test_a_trial_has_the_threads_that_are_given_or_those_of_its_share(session, data, tmp_path, given, expected):
+    plan = plan_of(data, tmp_path / "out", "EASE", {"reg_weight": {"choice": [1.0]}}, trials=1, settings=given)
+    outcome = run_search(plan, jobs=1)
+    assert yaml.safe_load(outcome.best_file.read_text())["threads"] == expected
+
+
 def test_early_stopping_compares_at_epochs_that_are_validated(data, tmp_path):
     """With rungs at 1, 3, 9 and 27, a trial would be judged at the rung of 1 by its score at 15."""
     plan = plan_of(data, tmp_path / "out", settings={"epochs": 30, "eval_step": 5})
