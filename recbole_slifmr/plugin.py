@@ -27,6 +27,7 @@ from recbole.utils.argument_list import dataset_arguments
 from recbole_slifmr.data.cold import is_cold, sample_warm_only
 from recbole_slifmr.data.dataset import SETTINGS, SLIFMRDataset, choose_batch_size
 from recbole_slifmr.host import compat
+from recbole_slifmr.host.compat.registry import Module, with_module
 from recbole_slifmr.host.settings import model_names, wrap_config
 from recbole_slifmr.host.stored import allow_in_checkpoints
 from recbole_slifmr.model import MODELS
@@ -88,8 +89,8 @@ def run_recboles(*args: Any, **kwargs: Any) -> Any:
 
 def load_data_and_model(model_file: Any) -> Any:
     """Call RecBole's ``load_data_and_model``; of the checkpoint it gets the data, and nothing of it is run."""
-    torch_reading_data = compat.Module(torch, load=functools.partial(read_checkpoint, map_location=None))
-    return compat.with_module(_original("load_data_and_model"), "torch", torch_reading_data)(model_file)
+    torch_reading_data = Module(torch, load=functools.partial(read_checkpoint, map_location=None))
+    return with_module(_original("load_data_and_model"), "torch", torch_reading_data)(model_file)
 
 
 _originals: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """Each repair of RecBole is shown to be needed, to work, and to stay away where it is not needed.
 
-A repair cannot be taken back within a process. So this file is also a program: it loads `compat.py` without the
+A repair cannot be taken back within a process. So this file is also a program: it loads `host/compat` without the
 `__init__` of the package, which would apply everything, and forks a process for each `check_*`.
 """
 
@@ -276,16 +276,16 @@ def check_scatter_functions() -> None:
     torch.manual_seed(0)
     src = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([4, 0, 4, 2, 0, 4, 2])  # nothing at 1, 3 and 5
-    mean, soft = compat._scatter_mean(src=src, index=index, dim_size=6, dim=0), torch.zeros(7, 3).double()
+    mean, soft = compat.models._scatter_mean(src=src, index=index, dim_size=6, dim=0), torch.zeros(7, 3).double()
     for group in range(6):
         rows = src[index == group]
         torch.testing.assert_close(mean[group], rows.mean(0) if len(rows) else torch.zeros(3).double())
         soft[index == group] = rows.softmax(0)
-    torch.testing.assert_close(compat._scatter_softmax(src, index=index, dim=0), soft)
-    large = compat._scatter_softmax(src * 1e4, index=index, dim=0)
+    torch.testing.assert_close(compat.models._scatter_softmax(src, index=index, dim=0), soft)
+    large = compat.models._scatter_softmax(src * 1e4, index=index, dim=0)
     assert large.isfinite().all()
-    assert torch.autograd.gradcheck(lambda x: compat._scatter_mean(x, index, 0, 6), src)
-    assert torch.autograd.gradcheck(lambda x: compat._scatter_softmax(x, index, 0), src)
+    assert torch.autograd.gradcheck(lambda x: compat.models._scatter_mean(x, index, 0, 6), src)
+    assert torch.autograd.gradcheck(lambda x: compat.models._scatter_softmax(x, index, 0), src)
 
 
 @check
@@ -450,9 +450,9 @@ def check_readers() -> None:
             if re.search(pattern, path.read_text()):
                 found.setdefault(pattern, set()).add(name)
     expected = [
-        {*compat.READERS, "recbole.quick_start.quick_start"},
-        {name for name, _ in compat.PICKLES},
-        set(compat.EVALUATE),
+        {*compat.files.READERS, "recbole.quick_start.quick_start"},
+        {name for name, _ in compat.files.PICKLES},
+        set(compat.files.EVALUATE),
     ]
     assert list(map(sorted, found.values())) == list(map(sorted, expected))
 
@@ -993,11 +993,11 @@ def check_not_needed() -> None:
     Trainer._map_reduce = lambda self, result, num_sample: result
     NCLTrainer.fit = lambda self, train_data: train_data.get_model(self.model)
     torch.autograd.set_detect_anomaly(False)
-    for name in compat.READERS:
+    for name in compat.files.READERS:
         vars(importlib.import_module(name))["torch"] = types.SimpleNamespace(cuda=torch.cuda)
-    for name, attribute in compat.PICKLES:
+    for name, attribute in compat.files.PICKLES:
         vars(importlib.import_module(name))[attribute] = None
-    for name in compat.EVALUATE:
+    for name in compat.files.EVALUATE:
         vars(importlib.import_module(name))["eval"] = None
     assert compat.apply() == []
     del sp.dok_matrix._update  # and with the fault back, so is the repair

@@ -22,7 +22,7 @@ from recbole.trainer import PretrainTrainer
 from recbole.utils import ModelType, get_model, get_trainer, init_logger, init_seed
 
 from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
-from recbole_slifmr.host.compat import without_board
+from recbole_slifmr.host.compat.processes import without_board
 from recbole_slifmr.host.settings import bad_input, make_config
 from recbole_slifmr.training.checkpoint import check_data, check_optimizer, data_record, read_checkpoint
 from recbole_slifmr.training.distributed import launch, stay_on_this_machine
