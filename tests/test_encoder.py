@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from recbole_slifmr.nn.encoder import FeatureEncoder, InteractionEncoder, InteractionGraph, KnowledgeEncoder
+from recbole_slifmr.nn.encoder import FeatureEncoder, InteractionEncoder, InteractionGraph
 from recbole_slifmr.nn.graph import Edges, empty_edges
+from recbole_slifmr.nn.knowledge import KnowledgeEncoder
 
 FEEDBACK = Edges(torch.tensor([[1, 2], [2, 1]]), torch.tensor([1.0, 1.0]))  # items 1 - 2
 

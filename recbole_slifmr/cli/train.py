@@ -17,7 +17,9 @@ from recbole_slifmr.cli.options import FREE_SETTINGS, with_options
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
 from recbole_slifmr.host.settings import parse_settings, read_settings
 from recbole_slifmr.study.tables import metric_title
-from recbole_slifmr.training.experiment import Prepared, Result, ignore_deprecations, run, run_distributed
+from recbole_slifmr.training.experiment import Prepared, Result, run
+from recbole_slifmr.training.log import ignore_deprecations
+from recbole_slifmr.training.parallel import run_distributed
 
 
 def print_start(prepared: Prepared) -> None:

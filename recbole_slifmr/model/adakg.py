@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import GraphRecommender, full_precision
 from recbole_slifmr.model.settings import GraphSettings, Positive, Weight
-from recbole_slifmr.nn.encoder import TripleEncoder
+from recbole_slifmr.nn.knowledge import TripleEncoder
 from recbole_slifmr.nn.layers import unit
 from recbole_slifmr.nn.loss import bpr_gradient, collision_mask, info_nce
 

@@ -23,16 +23,10 @@ from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import GraphRecommender
 from recbole_slifmr.model.linear import content_sources, new_content_sources
 from recbole_slifmr.model.settings import Count, FeatureSettings, GraphSettings, Positive, Share, Weight, Whole
-from recbole_slifmr.nn.encoder import (
-    MOST_AHEAD,
-    RELATION_WEIGHTS,
-    FeatureEncoder,
-    InteractionGraph,
-    KnowledgeEncoder,
-    filter_by_degree,
-)
+from recbole_slifmr.nn.encoder import MOST_AHEAD, FeatureEncoder, InteractionGraph
 from recbole_slifmr.nn.fold_in import fold_in, item_shares
 from recbole_slifmr.nn.graph import KNN_SEARCHES
+from recbole_slifmr.nn.knowledge import RELATION_WEIGHTS, KnowledgeEncoder, filter_by_degree
 from recbole_slifmr.nn.layers import FUSIONS, Fusion, unit
 from recbole_slifmr.nn.linear import (
     DenseSolver,

@@ -35,8 +35,8 @@ from torch.nn import functional as F
 
 from recbole_slifmr.model.base import EmbeddingRecommender, full_precision
 from recbole_slifmr.model.settings import GraphSettings, PartOf, Positive, Weight
-from recbole_slifmr.nn.encoder import unique_triples
 from recbole_slifmr.nn.graph import inverse_sqrt, unique_edges
+from recbole_slifmr.nn.knowledge import unique_triples
 from recbole_slifmr.nn.layers import light_propagation, unit
 from recbole_slifmr.nn.loss import bpr_loss, l2_loss
 from recbole_slifmr.nn.sparse import RelationalMatrix

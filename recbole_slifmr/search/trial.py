@@ -19,7 +19,8 @@ from recbole.data.dataloader import KnowledgeBasedDataLoader
 from recbole_slifmr.data.dataset import choose_batch_size
 from recbole_slifmr.training.callback import Callback
 from recbole_slifmr.training.checkpoint import read_checkpoint
-from recbole_slifmr.training.experiment import load_data, make_trainer, set_threads, start_log
+from recbole_slifmr.training.experiment import load_data, make_trainer, set_threads
+from recbole_slifmr.training.log import start_log
 from recbole_slifmr.training.memory import peak_memory_mb
 from recbole_slifmr.training.trainer import SLIFMRTrainer
 

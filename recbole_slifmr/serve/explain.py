@@ -19,7 +19,7 @@ from recbole_slifmr.data.history import History
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.linear import LinearRecommender
 from recbole_slifmr.model.slifmr import SLIFMR
-from recbole_slifmr.nn.encoder import filter_by_degree
+from recbole_slifmr.nn.knowledge import filter_by_degree
 from recbole_slifmr.nn.layers import unit
 from recbole_slifmr.nn.linear import weights_on
 from recbole_slifmr.serve.explain_linear import LinearExplainer
