@@ -77,7 +77,7 @@ def publish(best: Path, file: Path, command: list[str]) -> None:
     text = best.read_text(encoding="utf-8")
     space = yaml.safe_load((ROOT / "properties" / "tune" / file.name).read_text(encoding="utf-8"))
     found = {name: value for name, value in yaml.safe_load(text).items() if name in space}
-    lines = [f"# {file.stem} on {file.parent.name}, by results/make.py: {said(command)}"]
+    lines = [f"# {file.stem} on {file.parent.name}, chosen on validation by", f"# {said(command)}"]
     lines += [line for line in text.splitlines() if line.startswith(("# trials", "# validation"))]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(lines) + "\n" + yaml.safe_dump(found, sort_keys=False), encoding="utf-8")
