@@ -1,4 +1,4 @@
-r"""The encoder of the knowledge graph of SLIF-MR (arXiv 2507.09998) and AdaKG's of its triples; free of RecBole."""
+"""The encoder of the knowledge graph of SLIF-MR (arXiv 2507.09998) and AdaKG's of its triples; free of RecBole."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recbole_slifmr.nn.encoder import InteractionGraph, feedback_matrix
-from recbole_slifmr.nn.graph import (
-    Edges,
-    empty_edges,
-    inverse_sqrt,
-)
+from recbole_slifmr.nn.graph import Edges, empty_edges, inverse_sqrt
 from recbole_slifmr.nn.layers import unit
 from recbole_slifmr.nn.sparse import RelationalMatrix, SparseMatrix
 

@@ -85,6 +85,11 @@ class Search:
         """Whether a bigger validation score is better."""
         return bool(self.config()["valid_metric_bigger"])
 
+    @functools.cached_property
+    def threads(self) -> int | None:
+        """The CPU threads that all trials are given; None if that depends on their share of the CPUs."""
+        return self.config()["threads"]
+
     def draw(self) -> list[Point]:
         """Return the points of a random search: first the settings that the model has without one."""
         config = self.config()

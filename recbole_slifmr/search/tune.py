@@ -327,7 +327,7 @@ def _run_settings(search: Search, share: Mapping[str, float]) -> dict[str, Any]:
 
 def _threads(search: Search, share: Mapping[str, float]) -> int:
     """Return the CPU threads of a trial: the setting ``threads`` if it is given, else its share of the CPUs."""
-    return search.config()["threads"] or max(1, int(share["cpu"]))
+    return max(1, int(share["cpu"])) if search.threads is None else search.threads
 
 
 def _optuna(search: Search, metric: str, mode: str) -> Any:

@@ -13,7 +13,6 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from recbole.config import Config
 from recbole.data.dataloader.abstract_dataloader import NegSampleDataLoader
 from recbole.model import general_recommender as general
 from recbole.model import knowledge_aware_recommender as knowledge_aware
@@ -22,24 +21,6 @@ from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.trainer import NCLTrainer
 
 from recbole_slifmr.host.compat.registry import importable, refers_to, repair, with_module
-
-
-@repair
-def numpy_aliases() -> bool:
-    """Add the numpy names that `Config` (`configurator.py`) and the metrics read.
-
-    `Config.compatibility_settings` copies `np.float_`, `np.complex_` and `np.unicode_`, gone from numpy 2: no
-    run starts (#2215). It makes `np.float` of the first, which `Interaction` and the metrics read even in a
-    process that builds no `Config`. Not needed once RecBole stops naming them.
-    """
-    settings = getattr(Config, "compatibility_settings", None)
-    if settings is None or not refers_to(settings, "float_"):
-        return False
-    aliases = {"float_": np.float64, "complex_": np.complex128, "unicode_": np.str_, "float": np.float64}
-    missing = [name for name in aliases if name not in vars(np)]
-    for name in missing:
-        setattr(np, name, aliases[name])
-    return bool(missing)
 
 
 @repair

@@ -1,4 +1,4 @@
-"""Repairs of metrics, loaders and the trainer's surroundings."""
+"""Repairs of what every run needs: names of numpy and torch, metrics, loaders."""
 
 from __future__ import annotations
 
@@ -10,11 +10,31 @@ import sys
 import types
 from typing import Any
 
+import numpy as np
 import torch
+from recbole.config import Config
 from recbole.data.dataloader.knowledge_dataloader import KnowledgeBasedDataLoader
 from recbole.evaluator.collector import Collector, DataStruct
 
-from recbole_slifmr.host.compat.registry import repair
+from recbole_slifmr.host.compat.registry import refers_to, repair
+
+
+@repair
+def numpy_aliases() -> bool:
+    """Add the numpy names that `Config` (`configurator.py`) and the metrics read.
+
+    `Config.compatibility_settings` copies `np.float_`, `np.complex_` and `np.unicode_`, gone from numpy 2: no
+    run starts (#2215). It makes `np.float` of the first, which `Interaction` and the metrics read even in a
+    process that builds no `Config`. Not needed once RecBole stops naming them.
+    """
+    settings = getattr(Config, "compatibility_settings", None)
+    if settings is None or not refers_to(settings, "float_"):
+        return False
+    aliases = {"float_": np.float64, "complex_": np.complex128, "unicode_": np.str_, "float": np.float64}
+    missing = [name for name in aliases if name not in vars(np)]
+    for name in missing:
+        setattr(np, name, aliases[name])
+    return bool(missing)
 
 
 @repair
