@@ -110,39 +110,6 @@ def gram(sources: Sequence[Source], dtype: torch.dtype = torch.float64) -> Tenso
     return total
 
 
-def residual_variances(sources: Sequence[Source], reg: float | Tensor, weights: Matrix) -> Tensor:
-    r"""Return what the other items leave of each item's row, ``[n_items]`` float64: :math:`1 / P_{jj}`.
-
-    :math:`G_{jj} + \lambda_j - \sum_i G_{ij} B_{ij}`, the Schur complement, for weights B that have no prior.
-
-    Args:
-        sources: of the Gram matrices G.
-        reg: :math:`\lambda`, or that of each item, ``[n_items]``.
-        weights: B, ``[n_items, n_items]``; where its columns have a fixed number of weights, P is that of these items.
-    """
-    n_items = weights.shape[0]
-    explained = torch.empty(n_items, dtype=torch.float64)
-    columns = weights if isinstance(weights, Tensor) else weights.T.tocsr()
-    for rows in _blocks(n_items):
-        if isinstance(columns, Tensor):
-            explained[rows] = (gram_rows(sources, rows).T * columns[:, rows].double().cpu()).sum(0)
-        else:
-            explained[rows] = torch.from_numpy(_explained(sources, rows, columns[rows]))
-    return _diagonal(sources) + reg - explained
-
-
-def _explained(sources: Sequence[Source], rows: slice, weights: scipy.sparse.csr_array) -> np.ndarray:
-    r"""Return :math:`\sum_i G_{ij} B_{ij}` of some items j, ``[len(rows)]``, from the rows of :math:`B^T`."""
-    total = np.zeros(weights.shape[0])
-    for factor, weight in sources:
-        if isinstance(factor, Tensor):
-            values = factor.cpu().numpy()
-            total += weight * np.einsum("jc,jc->j", weights @ values, values[rows])
-        else:
-            total += weight * (weights @ factor).multiply(factor[rows]).sum(axis=1)
-    return total
-
-
 def _blocks(n_items: int, step: int = BLOCK) -> Iterator[slice]:
     return (slice(start, min(start + step, n_items)) for start in range(0, n_items, step))
 
@@ -268,6 +235,13 @@ class Solver(Protocol[W]):
             SettingError: if the solution is not determined.
         """
 
+    def solve_with_diagonal(self, sources: Sequence[Source], reg: float | Tensor) -> tuple[W, Tensor]:
+        r"""Return the weights without a prior, and with them the diagonal of P, ``[n_items]``.
+
+        :math:`1 / P_{jj}` is what the other items leave of item j's row. Where a column has a fixed number of weights,
+        P is that of these items and the column's own.
+        """
+
     def add(self, first: W, second: W, share: float) -> W:
         """Return ``(1 - share) * first + share * second``; ``first`` may be overwritten."""
 
@@ -298,17 +272,23 @@ class DenseSolver:
         self, sources: Sequence[Source], reg: float | Tensor, prior: Tensor | None = None, prior_weight: float = 0.0
     ) -> Tensor:
         """Return the weights, see :class:`Solver`: dense, in the solver's precision."""
-        matrix = self.gram(sources)
-        matrix.diagonal().add_(reg.to(matrix) + prior_weight if isinstance(reg, Tensor) else reg + prior_weight)
-        inverse = invert(matrix)
         if prior is None:
-            weights = inverse.div_(-inverse.diagonal().clone())
-        else:
-            weights = torch.mm(inverse, prior).mul_(prior_weight)
-            scale = (1 + weights.diagonal()) / inverse.diagonal()
-            weights.sub_(inverse.mul_(scale))
-        weights.fill_diagonal_(0)
-        return weights
+            return self.solve_with_diagonal(sources, reg + prior_weight)[0]
+        inverse = self._invert(sources, reg + prior_weight)
+        weights = torch.mm(inverse, prior).mul_(prior_weight)
+        scale = (1 + weights.diagonal()) / inverse.diagonal()
+        return weights.sub_(inverse.mul_(scale)).fill_diagonal_(0)
+
+    def solve_with_diagonal(self, sources: Sequence[Source], reg: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights and the diagonal of P, see :class:`Solver`."""
+        inverse = self._invert(sources, reg)
+        diagonal = inverse.diagonal().clone()
+        return inverse.div_(-diagonal).fill_diagonal_(0), diagonal
+
+    def _invert(self, sources: Sequence[Source], reg: float | Tensor) -> Tensor:
+        matrix = self.gram(sources)
+        matrix.diagonal().add_(reg.to(matrix) if isinstance(reg, Tensor) else reg)
+        return invert(matrix)
 
     def gram(self, sources: Sequence[Source]) -> Tensor:
         """Return the weighted sum of the Gram matrices, on the device; it is overwritten by solving."""
@@ -350,9 +330,25 @@ class NeighbourSolver:
         prior_weight: float = 0.0,
     ) -> scipy.sparse.csr_array:
         """Return the weights, see :class:`Solver`: sparse."""
+        return self._solve(sources, reg + prior_weight, prior, prior_weight)[0]
+
+    def solve_with_diagonal(
+        self, sources: Sequence[Source], reg: float | Tensor
+    ) -> tuple[scipy.sparse.csr_array, Tensor]:
+        """Return the weights and the diagonal of P, see :class:`Solver`."""
+        return self._solve(sources, reg)
+
+    def _solve(
+        self,
+        sources: Sequence[Source],
+        reg: float | Tensor,
+        prior: scipy.sparse.csr_array | None = None,
+        prior_weight: float = 0.0,
+    ) -> tuple[scipy.sparse.csr_array, Tensor]:
         n_items = sources[0].factor.shape[0]
-        penalty = torch.as_tensor(reg + prior_weight, dtype=torch.float64).expand(n_items)
-        scale = (_diagonal(sources) + penalty).rsqrt()
+        penalty = torch.as_tensor(reg, dtype=torch.float64).expand(n_items)
+        left = _diagonal(sources) + penalty
+        scale = left.rsqrt()
         columns = None if prior is None else prior.tocsc()
         k = min(self.n_neighbours, n_items - 1)
         near, values = torch.empty(n_items, k, dtype=torch.int64), torch.empty(n_items, k, dtype=torch.float64)
@@ -368,12 +364,14 @@ class NeighbourSolver:
             lower, info = torch.linalg.cholesky_ex(system)
             if info.any():
                 raise SettingError(SINGULAR)
-            values[block] = torch.cholesky_solve(wanted.gather(1, neighbours).unsqueeze(2), lower).squeeze(2)
+            wanted = wanted.gather(1, neighbours)
+            values[block] = torch.cholesky_solve(wanted.unsqueeze(2), lower).squeeze(2)
+            left[block] -= (wanted * values[block]).sum(1)
             near[block] = neighbours
         entries = values.flatten().numpy(), near.flatten().numpy()
         weights = scipy.sparse.csc_array((*entries, np.arange(n_items + 1) * k), shape=(n_items, n_items))
         weights.eliminate_zeros()
-        return weights.tocsr()
+        return weights.tocsr(), 1 / left
 
     def add(
         self, first: scipy.sparse.csr_array, second: scipy.sparse.csr_array, share: float

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recbole_slifmr.nn.linear import Matrix, Solver, Source, history_scores, residual_variances, solve_columns
+from recbole_slifmr.nn.linear import Matrix, Solver, Source, history_scores, solve_columns
 
 PAIRS = 4096  # pairs of user and item at a time
 BLOCK = 128  # users whose scores of all items are held at a time
@@ -135,10 +135,8 @@ class LinearBranch:
     def _solution(self) -> tuple[Matrix, Tensor, Tensor, float]:
         """Return B, the diagonal of P ``[n_items]``, the leverage v h of each user ``[n_users]`` and the scale."""
         if self._solved is None:
-            sources = self._sources()
-            weights = self.solver.solve(sources, self.reg)
-            variance = (1 / residual_variances(sources, self.reg, weights)).float().to(self.device)
-            del sources
+            weights, diagonal = self.solver.solve_with_diagonal(self._sources(), self.reg)
+            variance = diagonal.float().to(self.device)
             weights = weights.float().to(self.device) if isinstance(weights, Tensor) else weights
             users = torch.repeat_interleave(torch.arange(len(self._bounds) - 1, device=self.device), self._counts())
             sums = [
