@@ -58,7 +58,9 @@ def test_info_nce_by_hand():
     assert info_nce(query, key, key, mask, 0.5).item() == pytest.approx((first + second) / 2, rel=1e-6)
 
 
-def test_info_nce_equals_the_dense_formula_with_collisions_and_few_negatives():
+@pytest.mark.parametrize("cached", [3, 8, 1000])  # one, two and all of the rows at a time
+def test_info_nce_equals_the_dense_formula_with_collisions_and_few_negatives(monkeypatch, cached):
+    monkeypatch.setattr("recbole_slifmr.nn.loss.CACHED", cached)
     torch.manual_seed(0)
     query, key, ids = torch.randn(6, 4), torch.randn(6, 4), torch.tensor([3, 1, 3, 2, 1, 9])
     q, k = torch.nn.functional.normalize(query, dim=1), torch.nn.functional.normalize(key, dim=1)

@@ -225,8 +225,9 @@ def dense_negatives(dataset, user, neg, z_user, z_item, n_candidates, added=None
     return torch.tensor(chosen)
 
 
+@pytest.mark.parametrize("n_rows", [5, 1000], ids=["fewer rows than nodes", "more"])
 @pytest.mark.parametrize("n_candidates", [1, 4, 1000])
-def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(tiny, build, n_candidates):
+def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(tiny, build, n_candidates, n_rows):
     weights = {"inter_weight": 0.3, "intra_weight": 0.3, "reg_weight": 0.01}
     run = build(tiny, kg_min_degree=1, kg_view="graph", linear_scale=0.0, n_candidates=n_candidates, **weights)
     model, dataset = run.model, run.train._dataset
@@ -234,7 +235,8 @@ def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(tiny, b
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     model.refresh_graphs()
-    batch = batch_of(run)
+    batch = batch_of(run)[:n_rows]
+    assert (2 * len(batch) < dataset.item_num) == (n_rows == 5)
     user, pos, neg = model.batch_ids(batch)
     users, items, user_mask, item_mask = dense_views(model, dataset, model.feedback_index)
     z_user = model.fuse(model.user_fusion, users, user_mask)[user]

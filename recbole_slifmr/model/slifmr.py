@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +85,27 @@ class SLIFMRSettings(FusedSettings):
     n_negatives: Count
     reg_weight: Weight
     embedding_start: Annotated[str, STARTS] = "spectral"
+
+
+class _Nodes(NamedTuple):
+    """The nodes that a batch computes: those of its rows, or all there are where the batch has as many rows.
+
+    Attributes:
+        ids: of the nodes.
+        rows: the place of each row of the batch among them; None where they are the rows.
+    """
+
+    ids: Tensor
+    rows: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Tensor, n_nodes: int) -> _Nodes:
+        """Return the nodes for the rows ``[B]`` of a batch."""
+        return cls(rows, None) if len(rows) < n_nodes else cls(torch.arange(n_nodes, device=rows.device), rows)
+
+    def pick(self, values: Tensor, some: slice = slice(None)) -> Tensor:
+        """Return the values of the nodes ``[n, ...]`` for the rows of the batch, or some of them."""
+        return values[some] if self.rows is None else values.index_select(0, self.rows[some])
 
 
 class SLIFMR(FusedRecommender):
@@ -196,35 +217,34 @@ class SLIFMR(FusedRecommender):
         return Losses(*sum_over_parts(terms, parts, views, parameters))
 
     def _losses(self, propagated: Propagated, user: Tensor, pos: Tensor, neg: Tensor) -> Losses:
-        items = torch.cat([pos, neg])
-        user_views, item_views, user_mask, item_mask = self.views_of(propagated, user, items)
-        fused = self.fuse(self.item_fusion, item_views, item_mask)
-        z_user = self.fuse(self.user_fusion, user_views, user_mask)
-        z_pos, z_neg = fused.split([len(pos), len(neg)])
-        pos_views, pos_mask = item_views[: len(pos)], item_mask[: len(pos)]
+        users, items = _Nodes.of(user, self.n_users), _Nodes.of(torch.cat([pos, neg]), self.n_items)
+        views = self.views_of(propagated, users.ids, items.ids)
+        z_user = users.pick(self.fuse(self.user_fusion, views.users, views.user_mask))
+        z_pos, z_neg = items.pick(self.fuse(self.item_fusion, views.items, views.item_mask)).split([len(pos), len(neg)])
 
         bpr = bpr_loss(*self._pair_scores(user, pos, neg, z_user, z_pos, z_neg))
         inter = intra = torch.zeros_like(bpr)
         settings = self.settings
         if settings.inter_weight:
             inter = inter_modal_loss(
-                pos_views,
-                pos_mask,
-                fused[: len(pos)],
+                items.pick(views.items, slice(len(pos))),
+                items.pick(views.item_mask, slice(len(pos))),
+                z_pos,
                 pos,
                 settings.inter_loss,
                 settings.inter_temperature,
                 settings.n_negatives,
             )
         if settings.intra_weight and len(self.intra_views):
-            parts = (user_views, user_mask), (pos_views, pos_mask), (item_views[len(pos) :], item_mask[len(pos) :])
-            users, positives, negatives = (self._contrasted(*part) for part in parts)
+            of_users = self._contrasted(views.users, views.user_mask)
+            of_items = self._contrasted(views.items, views.item_mask)
+            first, others = slice(len(pos)), slice(len(pos), len(pos) + settings.n_negatives)
             intra = intra_modal_loss(
-                users[0],
-                positives[0],
-                users[1] & positives[1],
+                users.pick(of_users[0]),
+                items.pick(of_items[0], first),
+                users.pick(of_users[1]) & items.pick(of_items[1], first),
                 pos,
-                (*negatives, neg),
+                (items.pick(of_items[0], others), items.pick(of_items[1], others), neg[: settings.n_negatives]),
                 settings.intra_loss,
                 settings.intra_temperature,
                 settings.n_negatives,

@@ -27,6 +27,7 @@ from recbole_slifmr.nn.layers import unit
 
 INTER_LOSSES = ("infonce", "cosine")
 INTRA_LOSSES = ("infonce", "alignment_uniformity")
+CACHED = 262_144  # logits at a time on the CPU: 1 MB, which stays in its cache
 
 
 class Losses(NamedTuple):
@@ -143,18 +144,23 @@ def _info_nce(
 class _ProductLogSumExp(torch.autograd.Function):
     """``logsumexp(query @ key.T + mask + absent)`` over the keys, ``[B]``.
 
-    Works in place on the one ``[B, n]`` matrix that it makes, and its backward is two matrix products: the contrastive
-    terms are most of a training step, and autograd's own version passes over such matrices about three times as often.
+    Works in place on the one ``[B, n]`` matrix that it makes, some rows at a time, and its backward is two matrix
+    products: the contrastive terms are most of a training step, and autograd's own version passes over such matrices
+    about three times as often.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, mask: Tensor, absent: Tensor | None) -> Tensor:
-        logits = torch.addmm(mask.to(query.dtype), query, key.T)
-        if absent is not None:
-            logits.add_(absent)
-        top = logits.amax(1, keepdim=True)
-        exponential = logits.sub_(top).exp_()
-        total = exponential.sum(1, keepdim=True)
+        exponential = query.new_empty(len(query), len(key))
+        top, total = query.new_empty(len(query), 1), query.new_empty(len(query), 1)
+        step = len(query) if query.is_cuda else max(CACHED // len(key), 1)
+        for start in range(0, len(query), step):
+            rows = slice(start, start + step)
+            logits = torch.addmm(mask[rows].to(query.dtype), query[rows], key.T, out=exponential[rows])
+            if absent is not None:
+                logits.add_(absent)
+            top[rows] = logits.amax(1, keepdim=True)
+            total[rows] = logits.sub_(top[rows]).exp_().sum(1, keepdim=True)
         ctx.save_for_backward(query, key, exponential, total)
         return (top + total.log()).squeeze(1)
 
