@@ -226,10 +226,16 @@ def dense_negatives(dataset, user, neg, z_user, z_item, n_candidates, added=None
 
 
 @pytest.mark.parametrize("n_rows", [5, 1000], ids=["fewer rows than nodes", "more"])
-@pytest.mark.parametrize("n_candidates", [1, 4, 1000])
-def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(tiny, build, n_candidates, n_rows):
+@pytest.mark.parametrize(
+    "n_candidates, contrasted", [(1, 2048), (4, 2048), (4, 3), (1000, 2048)], ids=["1", "4", "4, three rows", "all"]
+)
+def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(
+    tiny, build, monkeypatch, n_candidates, contrasted, n_rows
+):
+    monkeypatch.setattr(slifmr, "CONTRASTED", contrasted)
     weights = {"inter_weight": 0.3, "intra_weight": 0.3, "reg_weight": 0.01}
-    run = build(tiny, kg_min_degree=1, kg_view="graph", linear_scale=0.0, n_candidates=n_candidates, **weights)
+    settings = {"n_candidates": n_candidates, "contrast_share": 0.0, **weights}
+    run = build(tiny, kg_min_degree=1, kg_view="graph", linear_scale=0.0, **settings)
     model, dataset = run.model, run.train._dataset
     with torch.no_grad():
         for parameter in model.parameters():
@@ -244,15 +250,17 @@ def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(tiny, b
     chosen = [0, 1, 2, 3]
     hard = dense_negatives(dataset, user, neg, z_user, z_item, n_candidates) if n_candidates > 1 else neg
     assert (hard != neg).any() == (n_candidates > 1)
+    some = slice(contrasted)
+    of, to = user[some], pos[some]
     expected = [
         loss.bpr_loss((z_user * z_item[pos]).sum(1), (z_user * z_item[hard]).sum(1)),
-        0.3 * loss.inter_modal_loss(items[pos], item_mask[pos], z_item[pos], pos, "infonce", 0.2, 512),
+        0.3 * loss.inter_modal_loss(items[to], item_mask[to], z_item[to], to, "infonce", 0.2, 512),
         0.3
         * loss.intra_modal_loss(
-            users[user][:, chosen],
-            items[pos][:, chosen],
-            user_mask[user] & item_mask[pos],
-            pos,
+            users[of][:, chosen],
+            items[to][:, chosen],
+            user_mask[of] & item_mask[to],
+            to,
             (items[neg][:, chosen], item_mask[neg], neg),
             "infonce",
             0.2,

@@ -59,6 +59,7 @@ from recbole_slifmr.nn.spectral import spectral_embeddings
 
 STARTS = ("spectral", "random")
 PART = 20480  # most rows of a batch at a time
+CONTRASTED = 2048  # rows that the consistency losses are over, at least
 SPREAD = 3.0  # of spectral embeddings, in standard deviations of random ones
 
 
@@ -83,8 +84,14 @@ class SLIFMRSettings(FusedSettings):
     intra_temperature: Positive
     intra_views: list
     n_negatives: Count
+    contrast_share: Share
     reg_weight: Weight
     embedding_start: Annotated[str, STARTS] = "spectral"
+
+
+def contrasted(n_rows: int, share: float) -> int:
+    """Return how many rows of a batch the consistency losses are over."""
+    return min(n_rows, max(CONTRASTED, round(share * n_rows)))
 
 
 class _Nodes(NamedTuple):
@@ -177,8 +184,9 @@ class SLIFMR(FusedRecommender):
         parts["item graphs"] += (
             40 * settings.knn_k * n_items * (settings.structure_weight * sparsity(settings.dense_at, dataset) > 0)
         )
-        contrasts = (2 * n_views + 1) * settings.n_negatives + 30 * n_views * settings.embedding_size
-        parts["training step"] += 4 * batch_size * contrasts
+        n_rows = contrasted(batch_size, settings.contrast_share)
+        parts["training step"] += 4 * n_rows * (2 * n_views + 1) * settings.n_negatives
+        parts["training step"] += 4 * batch_size * 30 * n_views * settings.embedding_size
         parts["refresh"] = 12 * 1024 * n_items
         return parts
 
@@ -225,12 +233,14 @@ class SLIFMR(FusedRecommender):
         bpr = bpr_loss(*self._pair_scores(user, pos, neg, z_user, z_pos, z_neg))
         inter = intra = torch.zeros_like(bpr)
         settings = self.settings
+        n_rows = contrasted(len(pos), settings.contrast_share)
+        first, others = slice(n_rows), slice(len(pos), len(pos) + settings.n_negatives)
         if settings.inter_weight:
             inter = inter_modal_loss(
-                items.pick(views.items, slice(len(pos))),
-                items.pick(views.item_mask, slice(len(pos))),
-                z_pos,
-                pos,
+                items.pick(views.items, first),
+                items.pick(views.item_mask, first),
+                z_pos[first],
+                pos[first],
                 settings.inter_loss,
                 settings.inter_temperature,
                 settings.n_negatives,
@@ -238,12 +248,11 @@ class SLIFMR(FusedRecommender):
         if settings.intra_weight and len(self.intra_views):
             of_users = self._contrasted(views.users, views.user_mask)
             of_items = self._contrasted(views.items, views.item_mask)
-            first, others = slice(len(pos)), slice(len(pos), len(pos) + settings.n_negatives)
             intra = intra_modal_loss(
-                users.pick(of_users[0]),
+                users.pick(of_users[0], first),
                 items.pick(of_items[0], first),
-                users.pick(of_users[1]) & items.pick(of_items[1], first),
-                pos,
+                users.pick(of_users[1], first) & items.pick(of_items[1], first),
+                pos[first],
                 (items.pick(of_items[0], others), items.pick(of_items[1], others), neg[: settings.n_negatives]),
                 settings.intra_loss,
                 settings.intra_temperature,
