@@ -89,7 +89,7 @@ class SLIFMRSettings(FusedSettings):
     embedding_start: Annotated[str, STARTS] = "spectral"
 
 
-def contrasted(n_rows: int, share: float) -> int:
+def contrast_rows(n_rows: int, share: float) -> int:
     """Return how many rows of a batch the consistency losses are over."""
     return min(n_rows, max(CONTRASTED, round(share * n_rows)))
 
@@ -184,7 +184,7 @@ class SLIFMR(FusedRecommender):
         parts["item graphs"] += (
             40 * settings.knn_k * n_items * (settings.structure_weight * sparsity(settings.dense_at, dataset) > 0)
         )
-        n_rows = contrasted(batch_size, settings.contrast_share)
+        n_rows = contrast_rows(batch_size, settings.contrast_share)
         parts["training step"] += 4 * n_rows * (2 * n_views + 1) * settings.n_negatives
         parts["training step"] += 4 * batch_size * 30 * n_views * settings.embedding_size
         parts["refresh"] = 12 * 1024 * n_items
@@ -233,7 +233,7 @@ class SLIFMR(FusedRecommender):
         bpr = bpr_loss(*self._pair_scores(user, pos, neg, z_user, z_pos, z_neg))
         inter = intra = torch.zeros_like(bpr)
         settings = self.settings
-        n_rows = contrasted(len(pos), settings.contrast_share)
+        n_rows = contrast_rows(len(pos), settings.contrast_share)
         first, others = slice(n_rows), slice(len(pos), len(pos) + settings.n_negatives)
         if settings.inter_weight:
             inter = inter_modal_loss(
