@@ -543,3 +543,9 @@ def test_loaders_have_the_batch_that_follows_the_data(tiny, build):
     for value in ("automatic", 0.5):
         with pytest.raises(SettingError, match="train_batch_size must be a whole number"):
             build(tiny, train_batch_size=value)
+
+
+@pytest.mark.parametrize("n_rows, rows", [(100, 100), (4000, 2048), (10000, 2500)])
+def test_the_contrast_is_over_a_share_of_a_batch_but_over_no_few_rows(n_rows, rows):
+    assert slifmr.contrast_rows(n_rows, 0.25) == rows
+    assert slifmr.contrast_rows(n_rows, 1.0) == n_rows
