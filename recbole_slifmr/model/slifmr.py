@@ -139,6 +139,7 @@ class SLIFMR(FusedRecommender):
         self.register_buffer("intra_views", self._choose_views(self.settings.intra_views), persistent=False)
         self.feedback_index = torch.zeros(2, 0, dtype=torch.long)
         self.structure = empty_edges(self.device)
+        self.reg_weight = self.settings.reg_weight * sparsity(0.0, dataset)
         self.structure_weight = self.settings.structure_weight * sparsity(self.settings.dense_at, dataset)
         if self.structure_weight:
             edges = self.interaction_encoder.edge_index
@@ -184,7 +185,8 @@ class SLIFMR(FusedRecommender):
         parts["item graphs"] += (
             40 * settings.knn_k * n_items * (settings.structure_weight * sparsity(settings.dense_at, dataset) > 0)
         )
-        n_rows = contrast_rows(batch_size, settings.contrast_share)
+        contrasted = settings.inter_weight > 0 or settings.intra_weight > 0
+        n_rows = contrast_rows(batch_size, settings.contrast_share) * contrasted
         parts["training step"] += 4 * n_rows * (2 * n_views + 1) * settings.n_negatives
         parts["training step"] += 4 * batch_size * 30 * n_views * settings.embedding_size
         parts["refresh"] = 12 * 1024 * n_items
@@ -259,7 +261,7 @@ class SLIFMR(FusedRecommender):
                 settings.n_negatives,
             )
         inter, intra = settings.inter_weight * inter, settings.intra_weight * intra
-        return Losses(bpr, inter, intra, settings.reg_weight * self.ego_norm(user, pos, neg))
+        return Losses(bpr, inter, intra, self.reg_weight * self.ego_norm(user, pos, neg))
 
     def _contrasted(self, views: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the views ``[B, V, d]`` that the intra-modal loss is on, and their mask ``[B, V]``."""
