@@ -268,7 +268,9 @@ def test_the_loss_and_its_gradients_are_those_of_the_plain_dense_formula(
             0.2,
             512,
         ),
-        0.01 / per_user * loss.l2_loss(model.user_embedding(user), model.item_embedding(pos), model.item_embedding(neg)),
+        0.01
+        / per_user
+        * loss.l2_loss(model.user_embedding(user), model.item_embedding(pos), model.item_embedding(neg)),
     ]
     actual = model.train().calculate_loss(batch)
     for term, dense in zip(actual, expected, strict=True):
