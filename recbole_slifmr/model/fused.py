@@ -381,9 +381,14 @@ def linear_scale(settings: FusedSettings, dataset: Any) -> float:
 
 def sparsity(dense_at: float, dataset: Any) -> float:
     """Return what the additions for sparse data count by: 1 / mean interactions per user, 0 from ``dense_at`` on."""
-    users = dataset.inter_feat[dataset.uid_field]
-    mean = len(users) / len(users.unique())
+    mean = interactions_per_user(dataset)
     return 1 / mean if not dense_at or mean < dense_at else 0.0
+
+
+def interactions_per_user(dataset: Any) -> float:
+    """Return the mean number of training interactions of the users who have any."""
+    users = dataset.inter_feat[dataset.uid_field]
+    return len(users) / len(users.unique())
 
 
 def linear_solver(settings: FusedSettings, n_items: int, device: torch.device | str) -> Solver[Any]:

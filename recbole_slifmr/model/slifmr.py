@@ -33,7 +33,7 @@ from recbole_slifmr.data.cold import ColdScoring
 from recbole_slifmr.data.features import KG_TAGS
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import full_precision
-from recbole_slifmr.model.fused import FusedRecommender, FusedSettings, Propagated, sparsity
+from recbole_slifmr.model.fused import FusedRecommender, FusedSettings, Propagated, interactions_per_user, sparsity
 from recbole_slifmr.model.settings import Count, Positive, Share, Weight, Whole
 from recbole_slifmr.nn.diagnostics import homogenisation, smoothing
 from recbole_slifmr.nn.graph import (
@@ -139,7 +139,7 @@ class SLIFMR(FusedRecommender):
         self.register_buffer("intra_views", self._choose_views(self.settings.intra_views), persistent=False)
         self.feedback_index = torch.zeros(2, 0, dtype=torch.long)
         self.structure = empty_edges(self.device)
-        self.reg_weight = self.settings.reg_weight * sparsity(0.0, dataset)
+        self.reg_weight = self.settings.reg_weight / interactions_per_user(dataset)
         self.structure_weight = self.settings.structure_weight * sparsity(self.settings.dense_at, dataset)
         if self.structure_weight:
             edges = self.interaction_encoder.edge_index
@@ -185,9 +185,9 @@ class SLIFMR(FusedRecommender):
         parts["item graphs"] += (
             40 * settings.knn_k * n_items * (settings.structure_weight * sparsity(settings.dense_at, dataset) > 0)
         )
-        contrasted = settings.inter_weight > 0 or settings.intra_weight > 0
-        n_rows = contrast_rows(batch_size, settings.contrast_share) * contrasted
-        parts["training step"] += 4 * n_rows * (2 * n_views + 1) * settings.n_negatives
+        if settings.inter_weight or settings.intra_weight:
+            n_rows = contrast_rows(batch_size, settings.contrast_share)
+            parts["training step"] += 4 * n_rows * (2 * n_views + 1) * settings.n_negatives
         parts["training step"] += 4 * batch_size * 30 * n_views * settings.embedding_size
         parts["refresh"] = 12 * 1024 * n_items
         return parts
