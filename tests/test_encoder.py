@@ -20,8 +20,9 @@ def interactions():
     return torch.tensor([[1, 1, 2, 1], [1, 2, 1, 1]])
 
 
-def dense_interactions(eta=0.0):
-    r = torch.tensor([[0, 0, 0], [0, 1, 1], [0, 1, 0]], dtype=torch.float)
+def dense_interactions(eta=0.0, weight=(1.0, 1.0, 1.0)):
+    r = torch.zeros(3, 3)
+    r[[1, 1, 2], [1, 2, 1]] = torch.tensor(weight)
     du, di = r.sum(1), r.sum(0)
     r_hat = torch.nan_to_num(r / (du[:, None] * di[None]).sqrt())
     s = torch.zeros(3, 3)
@@ -38,6 +39,20 @@ def test_interaction_encoder_equals_dense(eta):
     expected = (ego + a @ ego + a @ a @ ego) / 3
     users, items = encoder(ego[:3], ego[3:])
     torch.testing.assert_close(torch.cat([users, items]), expected)
+
+
+def test_interactions_count_as_they_are_weighed():
+    weight = torch.tensor([1.0, 0.25, 0.5])
+    encoder = InteractionEncoder(interactions(), 3, 3, n_layers=1)
+    pairs = torch.tensor([2, 1]), torch.tensor([1, 1])
+    assert encoder.weights(*pairs) is None
+    encoder.set_edge_weight(weight)
+    assert encoder.weights(*pairs).tolist() == [0.5, 1.0]
+    ego = torch.randn(6, 2)
+    expected = (ego + dense_interactions(weight=weight.tolist()) @ ego) / 2
+    torch.testing.assert_close(torch.cat(encoder(ego[:3], ego[3:])), expected)
+    means = encoder.graph.user_means(ego[3:] * torch.tensor([[0.0], [1.0], [1.0]]), torch.tensor([False, True, True]))
+    torch.testing.assert_close(means[1:], torch.stack([(ego[4] + 0.25 * ego[5]) / 1.25, ego[4]]))
 
 
 def test_contains_tells_the_training_interactions():
@@ -61,16 +76,23 @@ def test_user_means_skip_items_without_the_view():
     assert encoder.graph.user_mask(mask & ~mask[:, :1]).any().item() is False
 
 
-def test_pruning_touches_training_only():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pruning_touches_training_only(weighted):
     torch.manual_seed(0)
     edges = torch.cartesian_prod(torch.arange(6), torch.arange(6)).T
-    encoder = InteractionEncoder(edges, 6, 6, n_layers=1)
+    encoder, weight = InteractionEncoder(edges, 6, 6, n_layers=1), torch.rand(36) + 0.1
+    if weighted:
+        encoder.set_edge_weight(weight)
     ego = torch.randn(6, 2), torch.randn(6, 2)
     whole = encoder.eval()(*ego)
     encoder.prune(0.5, seed=1)
     torch.testing.assert_close(encoder.eval()(*ego), whole)
     assert not torch.allclose(encoder.train()(*ego)[0], whole[0])
     assert encoder.pruned.matrix.nnz < encoder.whole.matrix.nnz
+    kept = encoder.kept
+    rest = InteractionEncoder(edges[:, kept], 6, 6, n_layers=1)
+    rest.set_edge_weight(weight[kept] if weighted else torch.ones(int(kept.sum())))
+    torch.testing.assert_close(encoder.train()(*ego), rest(*ego))
     encoder.prune(0.0, seed=1)
     torch.testing.assert_close(encoder.train()(*ego), whole)
 

@@ -190,6 +190,12 @@ def test_leave_one_out_scores_are_those_of_weights_fitted_without_the_user(sourc
     assert branch.scale * expected[lacking].std() == pytest.approx(2.5, rel=1e-5)
     np.testing.assert_allclose(branch.scores(users), branch.scale * x @ plain_ease(full, reg), atol=1e-5)
     torch.testing.assert_close(branch.pair_scores(users, items), branch.scores(users))
+    rows, columns = np.nonzero(x)
+    deviations = branch.scale * expected[rows, columns] / 2.5
+    for strength in (0.0, 0.6, 1.0):
+        trust = branch.trust(torch.from_numpy(rows), torch.from_numpy(columns), strength)
+        found = np.maximum(1 - strength / (1 + np.exp((deviations - 0.5) / 0.5)), 1e-3)
+        np.testing.assert_allclose(trust, found, rtol=1e-4)
 
 
 def test_tag_vectors_keep_the_inner_products_of_the_tags():

@@ -368,9 +368,17 @@ def test_of_slifmr_all_but_the_interaction_view_is_exact(trained):
 
     own = trained()
     model, views = own.trained.model, own.trained.model.encode()
-    edges = model.interaction_encoder.edge_index
-    folded = fold_in(item_shares(views.users[:, 0], views.items[:, 0], edges), edges, own.trained.n_users)
-    mixed = torch.cat([folded.unsqueeze(1), views.users[:, 1:]], dim=1)
+    edges, weight = model.interaction_encoder.edge_index, model.interaction_encoder.edge_weight
+    shares = item_shares(views.users[:, 0], views.items[:, 0], edges, weight)
+    seen = model.linear.scores(torch.arange(own.trained.n_users))[*edges] / model.linear.size
+    weight = torch.sigmoid((seen - 0.5) / 0.5)  # a new user's: the regression has not been fitted to them
+    folded, graph = fold_in(shares, edges, own.trained.n_users, weight), torch.zeros(own.trained.n_users, len(shares))
+    graph[*edges] = weight
+    means = [
+        graph @ view / (graph @ mask.float()).unsqueeze(1)
+        for view, mask in zip(views.items[:, 1:].unbind(1), views.item_mask[:, 1:].unbind(1), strict=True)
+    ]
+    mixed = torch.stack([folded, *(mean.nan_to_num() for mean in means)], dim=1)
     users = model.fuse(model.user_fusion, mixed, views.user_mask)
     everybody = torch.arange(own.trained.n_users)
     expected = (users @ model.forward()[1].T + model.linear.scores(everybody)).detach()

@@ -160,13 +160,14 @@ def dense_views(model, dataset, feedback):
     """Every view of every node by the plain formulas of docs/method.md: dense matrices, one power after the other."""
     n_users, n_items, n_entities = model.n_users, model.n_items, dataset.entity_num
     r = torch.zeros(n_users, n_items)
-    r[tuple(model.training_interactions(dataset))] = 1
+    weight = model.interaction_encoder.edge_weight
+    r[tuple(model.interaction_encoder.edge_index)] = 1.0 if weight is None else weight
     s = torch.zeros(n_items, n_items)
     s[tuple(feedback)] = 1
     items = model.item_embedding.weight
     c = torch.zeros(n_items, n_items)
     c[tuple(cooccurrence_graph(model.interaction_encoder.edge_index, n_users, n_items, model.settings.knn_k))] = 1
-    sparsity = r.any(1).sum() / r.sum()
+    sparsity = r.any(1).sum() / (r > 0).sum()
     block = model.settings.eta_interaction * dense_normalized(s)
     block = block + sparsity * model.settings.structure_weight * dense_normalized(c)
     views, masks = [], [torch.ones(n_items, dtype=torch.bool)]
@@ -207,7 +208,7 @@ def dense_views(model, dataset, feedback):
 
     item_views, item_mask = torch.stack(views, 1), torch.stack(masks, 1)
     count = r @ item_mask.float()
-    means = torch.einsum("ui,ivd->uvd", r, item_views) / count.clamp(min=1)[:, :, None]
+    means = torch.einsum("ui,ivd->uvd", r, item_views) / count.where(count > 0, 1.0)[:, :, None]
     user_mask = count > 0
     user_mask[:, 0] = True
     return torch.cat([users[:, None], means[:, 1:]], 1), item_views, user_mask, item_mask
@@ -303,9 +304,34 @@ def test_the_loss_compares_scores_with_the_linear_part_that_has_not_seen_the_use
     scores = z_user @ z_item.T + unseen
     hard = dense_negatives(dataset, user, neg, z_user[user], z_item, 1000, unseen[user])
     assert (hard != dense_negatives(dataset, user, neg, z_user[user], z_item, 1000)).any()
-    torch.testing.assert_close(
-        model.train().calculate_loss(batch).bpr, loss.bpr_loss(scores[user, pos], scores[user, hard])
-    )
+    trust = torch.sigmoid((unseen[user, pos] / model.linear.size - 0.5) / 0.5)
+    terms = trust * F.softplus(scores[user, hard] - scores[user, pos])
+    torch.testing.assert_close(model.train().calculate_loss(batch).bpr, terms.sum() / trust.sum())
+
+
+def test_views_are_over_the_interactions_as_far_as_they_are_trusted(tiny, build):
+    run = build(tiny, kg_min_degree=1, kg_view="graph", denoising=0.8)
+    model = run.model
+    model.refresh_graphs()
+    users, items = model.interaction_encoder.edge_index
+    unseen = model.linear.leave_one_out(users, items[:, None], torch.ones(1, 1, dtype=torch.bool)).squeeze(1)
+    trust = 0.2 + 0.8 * torch.sigmoid((unseen / model.linear.size - 0.5) / 0.5)
+    torch.testing.assert_close(model.interaction_encoder.edge_weight, trust)
+    for view, dense in zip(model.encode(), dense_views(model, run.train._dataset, model.feedback_index), strict=True):
+        torch.testing.assert_close(view, dense)
+    for settings in ({"denoising": 0.0}, {"linear_scale": 0.0}):
+        assert build(tiny, **settings).model.interaction_encoder.edge_weight is None
+
+
+def test_interactions_at_random_are_trusted_less(build):
+    """Of those that were added to the planted set most are."""
+    toy = ROOT / "dataset_atomic" / "toy"
+    clean = build(toy).model.interaction_encoder
+    encoder = build(toy, noise={"interaction_add": 0.2}).model.interaction_encoder
+    added = ~clean.contains(*encoder.edge_index)
+    assert added.float().mean().item() == pytest.approx(0.2 / 1.2, rel=0.01)
+    median = encoder.edge_weight[~added].median()
+    assert (encoder.edge_weight[added] < median).float().mean() > 0.8
 
 
 def test_a_score_is_the_inner_product_and_the_linear_part_of_all_interactions(tiny, build):

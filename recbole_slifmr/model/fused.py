@@ -36,7 +36,7 @@ from recbole_slifmr.nn.linear import (
     cross_gram,
     interaction_factor,
 )
-from recbole_slifmr.nn.linear_branch import LinearBranch
+from recbole_slifmr.nn.linear_branch import LinearBranch, trust
 from recbole_slifmr.nn.sparse import SparseMatrix
 from recbole_slifmr.nn.tags import new_tag_vectors, tag_vectors
 
@@ -101,6 +101,7 @@ class FusedSettings(FeatureSettings, GraphSettings):
     linear_feature_weight: Weight
     linear_kg_weight: Weight
     linear_max_items: Count
+    denoising: Share
     dense_at: Weight
 
 
@@ -165,6 +166,9 @@ class FusedRecommender(GraphRecommender):
         self.item_fusion = Fusion(settings.fusion, len(self.view_names), size)
         weight = linear_scale(settings, dataset)
         self.linear = self._linear_branch(dataset, weight) if weight else None
+        if self.linear is not None and settings.denoising:
+            users, items = self.interaction_encoder.edge_index
+            self.interaction_encoder.set_edge_weight(self.linear.trust(users, items, settings.denoising))
         self.reset_parameters()
 
     def _content(self, dataset: Any) -> dict[str, ItemFeatures]:
@@ -302,14 +306,16 @@ class FusedRecommender(GraphRecommender):
         It takes ones where a user has an item, ``[n, n_items]``, and returns ``[n, d]``. The means over a user's items
         are exact; the interaction view is folded in, see ``nn/fold_in.py``.
         """
-        views = self.encode()
-        shares = item_shares(views.users[:, 0], views.items[:, 0], self.interaction_encoder.edge_index)
+        views, encoder, linear = self.encode(), self.interaction_encoder, self.linear
+        shares = item_shares(views.users[:, 0], views.items[:, 0], encoder.edge_index, encoder.edge_weight)
 
         def represent(history: scipy.sparse.csr_array) -> Tensor:
             n_users, edge_index = history.shape[0], torch.from_numpy(np.stack(history.nonzero()).astype(np.int64))
-            edge_index = edge_index.to(shares.device)
-            graph = InteractionGraph(edge_index, n_users, self.n_items)
-            users = [fold_in(shares, edge_index, n_users)]
+            edge_index, weight = edge_index.to(shares.device), None
+            if linear is not None and self.settings.denoising:  # B has not seen these users
+                weight = trust(linear.history_scores(history)[*edge_index] / linear.size, self.settings.denoising)
+            graph = InteractionGraph(edge_index, n_users, self.n_items, weight)
+            users = [fold_in(shares, edge_index, n_users, weight)]
             for v in range(1, len(self.view_names)):
                 users.append(graph.user_means(views.items[:, v], views.item_mask[:, v]))
             mask = graph.user_mask(views.item_mask)

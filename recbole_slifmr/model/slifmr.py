@@ -232,7 +232,8 @@ class SLIFMR(FusedRecommender):
         z_user = users.pick(self.fuse(self.user_fusion, views.users, views.user_mask))
         z_pos, z_neg = items.pick(self.fuse(self.item_fusion, views.items, views.item_mask)).split([len(pos), len(neg)])
 
-        bpr = bpr_loss(*self._pair_scores(user, pos, neg, z_user, z_pos, z_neg))
+        trust = self.interaction_encoder.weights(user, pos)
+        bpr = bpr_loss(*self._pair_scores(user, pos, neg, z_user, z_pos, z_neg), trust)
         inter = intra = torch.zeros_like(bpr)
         settings = self.settings
         n_rows = contrast_rows(len(pos), settings.contrast_share)

@@ -34,20 +34,23 @@ class InteractionGraph(nn.Module):
         edge_index: user and item of each interaction, ``[2, E]``, unique.
         n_users: number of users.
         n_items: number of items.
+        edge_weight: of each interaction, ``[E]``, positive; 1 if None.
     """
 
     item_scale: Tensor
 
-    def __init__(self, edge_index: Tensor, n_users: int, n_items: int) -> None:
+    def __init__(self, edge_index: Tensor, n_users: int, n_items: int, edge_weight: Tensor | None = None) -> None:
         super().__init__()
         shape = (n_users, n_items)
-        ones = torch.ones(edge_index.shape[1], device=edge_index.device)
-        self.matrix = SparseMatrix(Edges(edge_index, normalize_symmetric(edge_index, ones, shape)), shape)
-        degree = torch.bincount(edge_index[1], minlength=n_items)
-        self.register_buffer("item_scale", degree.to(ones.dtype).sqrt().unsqueeze(1), persistent=False)
+        weight = torch.ones(edge_index.shape[1], device=edge_index.device) if edge_weight is None else edge_weight
+        self.matrix = SparseMatrix(Edges(edge_index, normalize_symmetric(edge_index, weight, shape)), shape)
+        degree = weight.new_zeros(n_items).index_add(0, edge_index[1], weight)
+        self.register_buffer("item_scale", degree.sqrt().unsqueeze(1), persistent=False)
 
     def user_means(self, items: Tensor, mask: Tensor) -> Tensor:
         r"""Average the items that a user interacted with, over those that have the view; zeros for users without any.
+
+        Each item counts as the interaction does.
 
         With the item degrees d, :math:`R x = D_u^{1/2} \hat R D_i^{1/2} x`, and the users' factor cancels in the mean.
 
@@ -72,7 +75,8 @@ class InteractionEncoder(nn.Module):
 
     The item-item block ``B`` is empty until :meth:`set_item_block`.
 
-    In training mode the pruned graph is used, in evaluation mode the whole one.
+    In training mode the pruned graph is used, in evaluation mode the whole one. All interactions weigh the same until
+    :meth:`set_edge_weight`.
 
     Args:
         edge_index: user and item of each training interaction, ``[2, E]``; duplicates count once.
@@ -83,6 +87,7 @@ class InteractionEncoder(nn.Module):
 
     edge_index: Tensor
     edge_keys: Tensor
+    edge_weight: Tensor | None
     kept: Tensor | None
 
     def __init__(self, edge_index: Tensor, n_users: int, n_items: int, n_layers: int) -> None:
@@ -91,6 +96,7 @@ class InteractionEncoder(nn.Module):
         self.register_buffer("edge_index", unique_edges(edge_index, n_items), persistent=False)
         keys = self.edge_index[0] * n_items + self.edge_index[1]  # sorted, as the edges are
         self.register_buffer("edge_keys", keys, persistent=False)
+        self.register_buffer("edge_weight", None, persistent=False)
         self.register_buffer("kept", None, persistent=False)
         self.whole = self.pruned = InteractionGraph(self.edge_index, n_users, n_items)
         self.item_block: SparseMatrix | None = None
@@ -105,8 +111,21 @@ class InteractionEncoder(nn.Module):
         pairs = users * self.n_items + items
         if len(self.edge_keys) == 0:
             return torch.zeros_like(pairs, dtype=torch.bool)
-        place = torch.searchsorted(self.edge_keys, pairs).clamp_(max=len(self.edge_keys) - 1)
-        return self.edge_keys[place] == pairs
+        return self.edge_keys[self._places(pairs)] == pairs
+
+    def weights(self, users: Tensor, items: Tensor) -> Tensor | None:
+        """Return the weights of some training interactions, ``[B]`` like ``users`` and ``items``; None if all are 1."""
+        if self.edge_weight is None:
+            return None
+        return self.edge_weight[self._places(users * self.n_items + items)]
+
+    def _places(self, pairs: Tensor) -> Tensor:
+        return torch.searchsorted(self.edge_keys, pairs).clamp_(max=len(self.edge_keys) - 1)
+
+    def set_edge_weight(self, weight: Tensor) -> None:
+        """Weigh the interactions of ``edge_index``, ``[E]``, positive."""
+        self.edge_weight = weight
+        self.whole = self.pruned = InteractionGraph(self.edge_index, self.n_users, self.n_items, weight)
 
     def set_item_block(self, edges: Edges) -> None:
         """Set the item-item block, a symmetric matrix."""
@@ -118,7 +137,8 @@ class InteractionEncoder(nn.Module):
         self.kept = sample_interactions(self.edge_index, self.n_users, self.n_items, ratio, seed) if ratio else None
         self.pruned = self.whole
         if self.kept is not None:
-            self.pruned = InteractionGraph(self.edge_index[:, self.kept], self.n_users, self.n_items)
+            weight = None if self.edge_weight is None else self.edge_weight[self.kept]
+            self.pruned = InteractionGraph(self.edge_index[:, self.kept], self.n_users, self.n_items, weight)
 
     def forward(self, user_embedding: Tensor, item_embedding: Tensor) -> tuple[Tensor, Tensor]:
         """Propagate ``[n_users, d]`` and ``[n_items, d]``; same shapes out."""

@@ -16,6 +16,10 @@ Refitting without it changes P by a rank of one, so that the leave-one-user-out 
 
 Both follow from :math:`q = x P` with :math:`q_j = -p_j s_j` outside x and :math:`q_j = p_j (1 - s_j)` within, and from
 the Sherman-Morrison formula. Where B has no more than a fixed number of weights per column, they are approximations.
+
+That score also says how far an interaction may be trusted: what neither the user's other interactions nor other users
+speak for may be noise. Half of the trust is lost where the score is half a standard deviation of those of the items
+that users do not have.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ PAIRS = 4096  # pairs of user and item at a time
 BLOCK = 128  # users whose scores of all items are held at a time
 SAMPLE = 1024  # users of whom the noise is measured
 MOST_LEVERAGE = 0.99  # of a user's row; with weights cut off, h may come out as 1 or more
+DOUBT = 0.5  # standard deviations: half of the trust is lost there, and most of the change is as far around it
+LEAST_TRUST = 1e-3  # an interaction stays one
 
 
 class LinearBranch:
@@ -128,6 +134,21 @@ class LinearBranch:
         variance = variance[items] * self._user_weights[users].unsqueeze(1)
         return scale * _without_user(sums, variance, leverage[users].unsqueeze(1), known)
 
+    def trust(self, users: Tensor, items: Tensor, strength: float = 1.0) -> Tensor:
+        """Return how far each training interaction is trusted, see :func:`trust`, ``[E]``.
+
+        Args:
+            users: of the interactions, ``[E]``.
+            items: of the interactions, ``[E]``.
+            strength: from 0, all alike, to 1.
+        """
+        known = torch.ones(1, 1, dtype=torch.bool, device=items.device)
+        scores = [
+            self.leave_one_out(users[start : start + PAIRS], items[start : start + PAIRS, None], known).squeeze(1)
+            for start in range(0, len(users), PAIRS)
+        ]
+        return trust(torch.cat([*scores, self._user_weights[:0]]) / self.size, strength)
+
     def _sources(self) -> list[Source]:
         users = scipy.sparse.diags_array(np.sqrt(self._shares))
         return [Source((self.history.T @ users).tocsr()), *self.content()]
@@ -195,6 +216,17 @@ class LinearBranch:
         own, columns = self.history[users.cpu().numpy()], self._by_column(weights)
         sums = [own.multiply(columns[column]).sum(axis=1) for column in items.T.cpu().numpy()]
         return torch.from_numpy(np.stack(sums, axis=1).astype(np.float32)).to(users.device)
+
+
+def trust(evidence: Tensor, strength: float = 1.0) -> Tensor:
+    r"""Return :math:`1 - \theta \, \sigma((t_0 - t) / t_0)` with :math:`t_0` = ``DOUBT``, of the shape of ``evidence``.
+
+    Args:
+        evidence: t, scores by a regression that has not seen the interaction, in standard deviations of those of the
+            items that users do not have.
+        strength: :math:`\theta`, from 0, all alike, to 1.
+    """
+    return (1 - strength * torch.sigmoid((DOUBT - evidence) / DOUBT)).clamp(min=LEAST_TRUST)
 
 
 def _sums_of_rows(rows: Tensor, starts: Tensor) -> Tensor:

@@ -39,9 +39,9 @@ class Losses(NamedTuple):
     reg: Tensor
 
 
-def bpr_loss(pos_score: Tensor, neg_score: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the mean BPR loss of ``pos_score [B]`` over ``neg_score [B]``, of the rows of the mask if there is one."""
-    return masked_mean(F.softplus(neg_score - pos_score), mask)
+def bpr_loss(pos_score: Tensor, neg_score: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the mean BPR loss of ``pos_score [B]`` over ``neg_score [B]``, weighted by row or over a mask if given."""
+    return masked_mean(F.softplus(neg_score - pos_score), weight)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
