@@ -1,6 +1,12 @@
 """SLIF-MR and its multimodal, knowledge-aware neighbours as RecBole models: importing the package registers them."""
 
+import os
+
 __version__ = "0.1.0"
+
+# OpenMP's threads wait for each other busily; where other programs run, they keep those they wait for from working.
+# It is read when PyTorch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 try:
     import recbole as _recbole  # noqa: F401

@@ -1,5 +1,6 @@
 """The package's place inside RecBole."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -48,6 +49,14 @@ def test_registering_twice_changes_nothing():
     before = Config._update_internal_config_dict
     register()
     assert Config._update_internal_config_dict is before
+
+
+@pytest.mark.parametrize("own, expected", [(None, "passive"), ("active", "active")])
+def test_threads_leave_the_cores_to_others_while_they_wait_unless_told_otherwise(own, expected):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = "import os, recbole_slifmr; print(os.environ['OMP_WAIT_POLICY'])"
+    environment |= {"OMP_WAIT_POLICY": own} if own else {}
+    assert run_python(code, env=environment).stdout.strip() == expected
 
 
 def test_run_recbole_from_python(tiny):

@@ -8,13 +8,16 @@ graph and encoder (``nn/encoder.py``); attentive fusion makes one representation
 the k nearest neighbours among the fused items go back into all three graphs (:meth:`SLIFMR.refresh_graphs`). The loss:
 
 .. math::
-    L = \mathrm{BPR}(s) + w_{inter} L_{inter} + w_{intra} L_{intra} + \lambda \|E\|^2 .
+    L = \mathrm{BPR}_\tau(s) + w_{inter} L_{inter} + w_{intra} L_{intra} + \lambda \|E\|^2 .
 
 A score is the inner product of the fused :math:`z` and what a linear model of the same data adds, which in training
 has not seen the user (``nn/linear_branch.py``):
 
 .. math::
     s_{ui} = z_u^T z_i + w (x_u B)_i .
+
+The same linear model says how far an interaction is trusted, :math:`\tau_{ui}`: so much it counts in the graphs and in
+BPR.
 
 Where the paper leaves a choice open, ``docs/method.md`` says what was chosen and why.
 """
