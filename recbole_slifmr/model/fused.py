@@ -304,7 +304,8 @@ class FusedRecommender(GraphRecommender):
         """Return a function from the items of users who were not in training to their fused representations.
 
         It takes ones where a user has an item, ``[n, n_items]``, and returns ``[n, d]``. The means over a user's items
-        are exact; the interaction view is folded in, see ``nn/fold_in.py``.
+        are exact, items trusted as by a regression that has not seen the user; the interaction view is folded in, see
+        ``nn/fold_in.py``.
         """
         views, encoder, linear = self.encode(), self.interaction_encoder, self.linear
         shares = item_shares(views.users[:, 0], views.items[:, 0], encoder.edge_index, encoder.edge_weight)
