@@ -300,21 +300,22 @@ class FusedRecommender(GraphRecommender):
         scores = super().full_sort_predict(interaction)
         return scores if self.linear is None else scores.add_(self.linear.scores(interaction[self.USER_ID]).flatten())
 
-    def new_user_representations(self) -> Callable[[scipy.sparse.csr_array], Tensor]:
+    def new_user_representations(self) -> Callable[..., Tensor]:
         """Return a function from the items of users who were not in training to their fused representations.
 
         It takes ones where a user has an item, ``[n, n_items]``, and returns ``[n, d]``. The means over a user's items
         are exact, items trusted as by a regression that has not seen the user; the interaction view is folded in, see
-        ``nn/fold_in.py``.
+        ``nn/fold_in.py``. The linear branch's scores ``[n, n_items]``, where they are known, are its second argument.
         """
         views, encoder, linear = self.encode(), self.interaction_encoder, self.linear
         shares = item_shares(views.users[:, 0], views.items[:, 0], encoder.edge_index, encoder.edge_weight)
 
-        def represent(history: scipy.sparse.csr_array) -> Tensor:
+        def represent(history: scipy.sparse.csr_array, scores: Tensor | None = None) -> Tensor:
             n_users, edge_index = history.shape[0], torch.from_numpy(np.stack(history.nonzero()).astype(np.int64))
             edge_index, weight = edge_index.to(shares.device), None
             if linear is not None and self.settings.denoising:  # B has not seen these users
-                weight = trust(linear.history_scores(history)[*edge_index] / linear.size, self.settings.denoising)
+                scores = linear.history_scores(history) if scores is None else scores
+                weight = trust(scores[*edge_index] / linear.size, self.settings.denoising)
             graph = InteractionGraph(edge_index, n_users, self.n_items, weight)
             users = [fold_in(shares, edge_index, n_users, weight)]
             for v in range(1, len(self.view_names)):
@@ -334,8 +335,10 @@ class FusedRecommender(GraphRecommender):
         represent, items = self.new_user_representations(), self._final_embeddings()[1]
 
         def score(history: scipy.sparse.csr_array) -> Tensor:
-            scores = represent(history) @ items.T
-            return scores if self.linear is None else scores.add_(self.linear.history_scores(history))
+            if self.linear is None:
+                return represent(history) @ items.T
+            scores = self.linear.history_scores(history)
+            return scores.add_(represent(history, scores) @ items.T)
 
         return score
 

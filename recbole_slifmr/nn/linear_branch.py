@@ -221,6 +221,8 @@ class LinearBranch:
 def trust(evidence: Tensor, strength: float = 1.0) -> Tensor:
     r"""Return :math:`1 - \theta \, \sigma((t_0 - t) / t_0)` with :math:`t_0` = ``DOUBT``, of the shape of ``evidence``.
 
+    At least ``LEAST_TRUST``.
+
     Args:
         evidence: t, scores by a regression that has not seen the interaction, in standard deviations of those of the
             items that users do not have.

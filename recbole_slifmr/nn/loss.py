@@ -45,10 +45,10 @@ def bpr_loss(pos_score: Tensor, neg_score: Tensor, weight: Tensor | None = None)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean of ``values [B]`` over ``mask [B]``; 0 if nothing is in it. A GPU need not be waited for."""
+    """Return the mean of ``values [B]`` over a mask or with weights ``[B]``; 0 if all are 0. No waiting for a GPU."""
     if mask is None:
         return values.mean() if len(values) else values.sum()
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    return (values * mask).sum() / mask.to(values.dtype).sum().clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def hardest_negatives(
