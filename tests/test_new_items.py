@@ -173,8 +173,9 @@ LINKS = np.array([(0, 2, 8), (1, 7, 10), (2, 2, 10), (2, 4, 11)])  # as item 1; 
 
 @pytest.mark.parametrize("n_hops", [1, 2])
 def test_new_items_have_the_tags_that_others_have(n_hops):
-    known, new = tag_factors(TRIPLES, 6, n_hops, LINKS, 3)
+    known, new, kinds = tag_factors(TRIPLES, 6, n_hops, LINKS, 3)
     assert (known != tag_factor(TRIPLES, 6, n_hops)).nnz == 0
+    assert kinds.tolist() == [2, 2, 7] + (n_hops - 1) * [2]
     known, new = known.toarray(), new.toarray()
     np.testing.assert_array_equal(new[0], known[1])
     assert new[1].any() and (known[2:4, new[1] > 0] == new[1][new[1] > 0]).all()

@@ -21,7 +21,7 @@ from recbole_slifmr.data.features import KG_TAGS, ItemFeatures
 from recbole_slifmr.data.new_items import NewItems
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import GraphRecommender
-from recbole_slifmr.model.linear import content_sources, new_content_sources
+from recbole_slifmr.model.linear import ContentWeights, content_sources, new_content_sources, share_out
 from recbole_slifmr.model.settings import Count, FeatureSettings, GraphSettings, Positive, Share, Weight, Whole
 from recbole_slifmr.nn.encoder import MOST_AHEAD, FeatureEncoder, InteractionGraph
 from recbole_slifmr.nn.fold_in import fold_in, item_shares
@@ -32,15 +32,15 @@ from recbole_slifmr.nn.linear import (
     DenseSolver,
     NeighbourSolver,
     Solver,
-    Source,
     cross_gram,
     interaction_factor,
 )
-from recbole_slifmr.nn.linear_branch import LinearBranch, trust
+from recbole_slifmr.nn.linear_branch import LinearBranch, trust, user_weights, weighted_interactions
 from recbole_slifmr.nn.sparse import SparseMatrix
 from recbole_slifmr.nn.tags import new_tag_vectors, tag_vectors
 
 KG_VIEWS = ("graph", "tags", "both", "none")
+SHARES = ("relevance", "equal")
 MOST_TAG_NUMBERS = 256
 N_NEIGHBOURS = 200  # weights per item, where there are too many items for a dense matrix
 
@@ -100,6 +100,7 @@ class FusedSettings(FeatureSettings, GraphSettings):
     linear_user_power: Share
     linear_feature_weight: Weight
     linear_kg_weight: Weight
+    linear_shares: Annotated[str, SHARES]
     linear_max_items: Count
     denoising: Share
     dense_at: Weight
@@ -183,13 +184,14 @@ class FusedRecommender(GraphRecommender):
         settings, (users, items) = self.settings, self.training_interactions(dataset).cpu().numpy()
         history = interaction_factor(users, items, self.n_users, self.n_items).T.tocsr()
 
-        def content() -> list[Source]:
-            weights = settings.linear_feature_weight, settings.linear_kg_weight
-            return list(content_sources(dataset, {}, *weights).values())
-
+        weights = ContentWeights({}, settings.linear_feature_weight, settings.linear_kg_weight)
+        if settings.linear_shares == "relevance":
+            users = weighted_interactions(history, user_weights(history, settings.linear_user_power))
+            weights = share_out(dataset, users, weights)
+        self._content_weights = weights
         return LinearBranch(
             history,
-            content,
+            lambda: list(content_sources(dataset, *weights).values()),
             settings.linear_reg_weight,
             weight,
             linear_solver(settings, self.n_items, self.device),
@@ -376,11 +378,13 @@ class FusedRecommender(GraphRecommender):
 
     def new_content(self, dataset: Any, new: NewItems) -> np.ndarray:
         """Return the linear branch's inner products of items and new items, ``[n_items, n_new]``; zeros without it."""
-        settings = self.settings
-        weights: tuple[dict[str, float], float, float] = {}, settings.linear_feature_weight, settings.linear_kg_weight
+        nothing = np.zeros((self.n_items, len(new.tokens)))
+        if self.linear is None:
+            return nothing
+        weights = self._content_weights
         of_new, known = new_content_sources(dataset, new, *weights), content_sources(dataset, *weights)
-        if self.linear is None or not of_new:
-            return np.zeros((self.n_items, len(new.tokens)))
+        if not of_new:
+            return nothing
         return cross_gram([known[name] for name in of_new], list(of_new.values()))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -33,7 +33,8 @@ from recbole_slifmr.nn.linear import (
     history_scores,
     interaction_factor,
 )
-from recbole_slifmr.nn.tags import tag_factor, tag_factors
+from recbole_slifmr.nn.relevance import relevance, shares
+from recbole_slifmr.nn.tags import tag_factors
 
 PRECISIONS = {"double": torch.float64, "single": torch.float32}
 PLACES = ("modalities", "feature_path")  # where the features lie, which may change behind a checkpoint
@@ -216,8 +217,44 @@ class LinearRecommender(DeclaredRecommender):
         return history_scores(history, self.weights, self.device)
 
 
+class ContentWeights(NamedTuple):
+    """What the content counts: the arguments of :func:`content_sources` after the data set."""
+
+    modalities: dict[str, float]
+    features: float
+    kg: float
+    kg_hops: int = 1
+    kinds: np.ndarray | None = None
+
+
+def share_out(dataset: Any, interactions: scipy.sparse.csr_array, weights: ContentWeights) -> ContentWeights:
+    """Weigh modalities and kinds of tags by what they say of who has which items, see ``nn/relevance.py``.
+
+    Args:
+        dataset: the training split.
+        interactions: weighted, ``[n_items, n_users]``.
+        weights: the means of what is returned.
+    """
+    modalities = {name: source.factor for name, source in content_sources(dataset, {}, weights.features, 0).items()}
+    tags = tag_factors(dataset.triples.numpy(), dataset.item_num)
+    kinds = np.unique(tags.kinds) if weights.kg else np.zeros(0, dtype=np.int64)
+    of_kinds = [tags.items[:, tags.kinds == kind] for kind in kinds]
+    found = relevance(interactions, [*modalities.values(), *of_kinds])
+    first, second = found[: len(modalities)], found[len(modalities) :]
+    of_modalities = weights.features * shares(first, list(modalities.values()))
+    by_kind = np.ones(kinds.max(initial=-1) + 1)
+    by_kind[kinds] = shares(second, of_kinds)
+    named = dict(zip(modalities, of_modalities.tolist(), strict=True))
+    return weights._replace(modalities=named, kinds=by_kind)
+
+
 def content_sources(
-    dataset: Any, modality_weights: dict[str, float], feature_weight: float, kg_weight: float, kg_hops: int = 1
+    dataset: Any,
+    modality_weights: dict[str, float],
+    feature_weight: float,
+    kg_weight: float,
+    kg_hops: int = 1,
+    kind_weights: np.ndarray | None = None,
 ) -> dict[str, Source]:
     """Return the modalities by name and the tags of the knowledge graph as ``kg``, without those that weigh nothing.
 
@@ -227,6 +264,7 @@ def content_sources(
         feature_weight: of the modalities that have none by name.
         kg_weight: of the tags.
         kg_hops: see :func:`~recbole_slifmr.nn.tags.tag_factor`.
+        kind_weights: of the tags of each kind, see :class:`~recbole_slifmr.nn.tags.Tags`, beside ``kg_weight``.
     """
     weights = dict.fromkeys(dataset.item_features, feature_weight) | modality_weights
     sources = {
@@ -235,8 +273,24 @@ def content_sources(
         if weights[name]
     }
     if kg_weight and len(dataset.triples):
-        sources["kg"] = Source(tag_factor(dataset.triples.numpy(), dataset.item_num, kg_hops), kg_weight)
+        tags = tag_factors(dataset.triples.numpy(), dataset.item_num, kg_hops)
+        sources["kg"] = Source(weigh_kinds(tags.items, tags.kinds, kind_weights), kg_weight)
     return sources
+
+
+def weigh_kinds(
+    tags: scipy.sparse.csr_array, kinds: np.ndarray, kind_weights: np.ndarray | None
+) -> scipy.sparse.csr_array:
+    """Return tags ``[n, n_tags]`` whose Gram matrix counts each kind by its weight; the tags themselves if None.
+
+    Args:
+        tags: see :class:`~recbole_slifmr.nn.tags.Tags`.
+        kinds: of the tags, ``[n_tags]``.
+        kind_weights: by kind.
+    """
+    if kind_weights is None:
+        return tags
+    return (tags @ scipy.sparse.diags_array(np.sqrt(kind_weights[kinds]))).tocsr()
 
 
 def new_content_sources(
@@ -246,19 +300,21 @@ def new_content_sources(
     feature_weight: float,
     kg_weight: float,
     kg_hops: int = 1,
+    kind_weights: np.ndarray | None = None,
 ) -> dict[str, Source]:
     """Return the factors of new items, ``[n_new, c]`` each, by the names of :func:`content_sources`; see there.
 
     Features are centred by the mean of the training's items, and tags count as they do there.
     """
     sources = {}
-    for name, known in content_sources(dataset, modality_weights, feature_weight, kg_weight, kg_hops).items():
+    weights = modality_weights, feature_weight, kg_weight, kg_hops, kind_weights
+    for name, known in content_sources(dataset, *weights).items():
         if name in new.features:
             mean = feature_mean(*dataset.item_features[name])
             sources[name] = Source(feature_factor(*new.features[name], mean), known.weight)
         elif name == "kg":
-            factor = tag_factors(dataset.triples.numpy(), dataset.item_num, kg_hops, new.links, len(new.tokens))[1]
-            sources[name] = Source(factor, known.weight)
+            tags = tag_factors(dataset.triples.numpy(), dataset.item_num, kg_hops, new.links, len(new.tokens))
+            sources[name] = Source(weigh_kinds(tags.new, tags.kinds, kind_weights), known.weight)
     return sources
 
 

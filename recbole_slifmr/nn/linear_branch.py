@@ -73,8 +73,7 @@ class LinearBranch:
         popularity_reg: float = 0.0,
     ) -> None:
         self.history, self.content, self.size, self.solver, self.device = history, content, size, solver, device
-        counts = np.maximum(np.diff(history.indptr), 1)
-        self._shares = (counts / counts.mean()) ** -user_power
+        self._shares = user_weights(history, user_power)
         self._user_weights = torch.from_numpy(self._shares.astype(np.float32)).to(device)
         self.reg = reg + popularity_reg * torch.from_numpy(history.sum(axis=0).astype(np.float64))
         self._items = torch.from_numpy(history.indices.astype(np.int64)).to(device)
@@ -150,8 +149,7 @@ class LinearBranch:
         return trust(torch.cat([*scores, self._user_weights[:0]]) / self.size, strength)
 
     def _sources(self) -> list[Source]:
-        users = scipy.sparse.diags_array(np.sqrt(self._shares))
-        return [Source((self.history.T @ users).tocsr()), *self.content()]
+        return [Source(weighted_interactions(self.history, self._shares)), *self.content()]
 
     def _solution(self) -> tuple[Matrix, Tensor, Tensor, float]:
         """Return B, the diagonal of P ``[n_items]``, the leverage v h of each user ``[n_users]`` and the scale."""
@@ -216,6 +214,22 @@ class LinearBranch:
         own, columns = self.history[users.cpu().numpy()], self._by_column(weights)
         sums = [own.multiply(columns[column]).sum(axis=1) for column in items.T.cpu().numpy()]
         return torch.from_numpy(np.stack(sums, axis=1).astype(np.float32)).to(users.device)
+
+
+def user_weights(history: scipy.sparse.csr_array, power: float) -> np.ndarray:
+    r"""Return what each user counts, :math:`v_u = (n_u / \bar n)^{-a}`, ``[n_users]``.
+
+    Args:
+        history: which users have which item, ``[n_users, n_items]``.
+        power: a.
+    """
+    counts = np.maximum(np.diff(history.indptr), 1)
+    return (counts / counts.mean()) ** -power
+
+
+def weighted_interactions(history: scipy.sparse.csr_array, weights: np.ndarray) -> scipy.sparse.csr_array:
+    """Return :math:`X^T V^{1/2}` for a history X ``[n_users, n_items]``, ``[n_items, n_users]``."""
+    return (history.T @ scipy.sparse.diags_array(np.sqrt(weights))).tocsr()
 
 
 def trust(evidence: Tensor, strength: float = 1.0) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import scipy.sparse
@@ -12,6 +12,21 @@ from torch import Tensor
 from recbole_slifmr.nn.spectral import largest_singular
 
 W = TypeVar("W", scipy.sparse.csr_array, scipy.sparse.csc_array)
+
+
+class Tags(NamedTuple):
+    """The tags of items.
+
+    Attributes:
+        items: ``[n_items, n_tags]``.
+        new: of new items, ``[n_new, n_tags]``.
+        kinds: of the tags, ``[n_tags]``: ``2 * relation``, or ``2 * relation + 1`` where the item is the tail; of a tag
+            of the second hop, the way that leads to the neighbour.
+    """
+
+    items: scipy.sparse.csr_array
+    new: scipy.sparse.csr_array
+    kinds: np.ndarray
 
 
 def tag_factor(triples: np.ndarray, n_items: int, n_hops: int = 1) -> scipy.sparse.csr_array:
@@ -27,13 +42,13 @@ def tag_factor(triples: np.ndarray, n_items: int, n_hops: int = 1) -> scipy.spar
         n_items: number of items, the padding item 0 included.
         n_hops: 1 or 2.
     """
-    return tag_factors(triples, n_items, n_hops)[0]
+    return tag_factors(triples, n_items, n_hops).items
 
 
 def tag_factors(
     triples: np.ndarray, n_items: int, n_hops: int = 1, links: np.ndarray | None = None, n_new: int = 0
-) -> tuple[scipy.sparse.csr_array, scipy.sparse.csr_array]:
-    """Return :func:`tag_factor` and the tags that new items have of these, ``[n_new, n_tags]``.
+) -> Tags:
+    """Return :func:`tag_factor`, the tags that new items have of these, and what kind of tag each is.
 
     New items change neither which tags there are nor what each counts.
 
@@ -63,6 +78,7 @@ def tag_factors(
             found.append(indicator(row[chosen], end[chosen], (n_rows, n_entities)) @ onward)
         return scipy.sparse.hstack(found, format="csc")
 
+    kinds = np.concatenate([near // n_entities, np.repeat(steps, 0 if onward is None else onward.shape[1])])
     every = rows(start[known], kind[known], end[known], n_items)
     frequency = np.diff(every.indptr)
     shared = frequency > 1
@@ -70,7 +86,7 @@ def tag_factors(
     of, way, other = np.zeros((3, 0), dtype=np.int64) if links is None else links.T
     new = rows(of, way, other, n_new)
     of_items, of_new = ((_ones(part[:, shared]) @ scale).tocsr() for part in (every, new))
-    return of_items, of_new
+    return Tags(of_items, of_new, kinds[shared])
 
 
 def tag_vectors(triples: np.ndarray, n_items: int, size: int) -> Tensor:
@@ -102,7 +118,8 @@ def new_tag_vectors(triples: np.ndarray, n_items: int, size: int, links: np.ndar
         links: of the new items, ``[L, 3]``, see :func:`tag_factors`.
         n_new: number of new items.
     """
-    rows, new = (_unit_rows(part) for part in tag_factors(triples, n_items, 1, links, n_new))
+    tags = tag_factors(triples, n_items, 1, links, n_new)
+    rows, new = _unit_rows(tags.items), _unit_rows(tags.new)
     if rows.shape[1] <= size or n_items <= size:
         return torch.from_numpy(new.toarray().astype(np.float32))
     directions = largest_singular(rows, size)[2]
