@@ -137,6 +137,7 @@ def test_a_set_of_interactions_alone(tiny):
         (tiny / file).unlink()
     found = survey_of(tiny)
     assert found["knowledge_graph"] is None and found["similarity"] == {} and found["modalities"] == {}
+    assert found["relations"] == []
     assert found["items_without_either"] == 15 and list(found["degrees"]) == ["users", "items"]
 
 
@@ -145,12 +146,14 @@ def test_the_command_prints_and_writes(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("tiny", f"--data_path={tiny.parent}", f"--out={out}", "--topk=[5]") == 0
     shown = capsys.readouterr().out
-    for text in ("tiny: sizes", "interactions", "knowledge graph", "AUC", "in all", "outputs:"):
+    for text in ("tiny: sizes", "interactions", "knowledge graph", "AUC", "what relations tell", "in all", "outputs:"):
         assert text in shown
     assert sorted(path.name for path in out.iterdir()) == ["degrees.png", "inspect.json", "inspect.md"]
     found = json.loads((out / "inspect.json").read_text())
     assert found["counts"]["all"]["interactions"] == 140
     assert found["knowledge_graph"]["links_to_unknown_items"] == 1
+    assert {row["relation"] for row in found["relations"]} == {"r0", "r1"}
+    assert all(row["item_is"] == "head" and 2 <= row["tags"] <= row["items"] <= 7 for row in found["relations"])
     assert "| interactions | 140 |" in (out / "inspect.md").read_text()
     assert (out / "degrees.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name: path.read_bytes() for path in tiny.iterdir()} == before

@@ -7,6 +7,7 @@ import scipy.sparse
 import torch
 from conftest import write_table
 
+from recbole_slifmr.data.survey import survey
 from recbole_slifmr.nn import relevance as module
 from recbole_slifmr.nn.relevance import relevance, shares
 
@@ -97,6 +98,13 @@ def test_the_linear_branch_weighs_relations_and_modalities_by_what_they_say(bran
     names = run.train._dataset.field2id_token["relation_id"].tolist()
     of = {name: weights.kinds[2 * names.index(name)] for name in ("brand", "colour")}
     assert of["brand"] > 1 > of["colour"]
+
+    said = survey(run.config, {"train": run.train._dataset})["relations"]
+    assert [(row["relation"], row["item_is"], row["tags"], row["items"]) for row in said] == [
+        ("brand", "head", 4, N_ITEMS),
+        ("colour", "head", 4, N_ITEMS),
+    ]
+    assert [row["weight"] for row in said] == pytest.approx([of["brand"], of["colour"]])
 
     def scores(**settings):
         model = build(brands, **settings).model

@@ -19,6 +19,10 @@ from recbole_slifmr.data.dataset import SLIFMRDataset, choose_batch_size
 from recbole_slifmr.data.features import ItemFeatures
 from recbole_slifmr.data.table import examine
 from recbole_slifmr.files import replace_file, write_json
+from recbole_slifmr.nn.linear import feature_factor, interaction_factor
+from recbole_slifmr.nn.linear_branch import user_weights, weighted_interactions
+from recbole_slifmr.nn.relevance import share_out
+from recbole_slifmr.nn.tags import tag_factors
 
 Similarity = Callable[[np.ndarray, np.ndarray], np.ndarray]
 N_PAIRS = 100_000
@@ -65,6 +69,7 @@ def survey(config: Any, splits: Mapping[str, SLIFMRDataset], n_pairs: int = N_PA
         "repeated_features": {name: _count_repeats(features) for name, features in train.item_features.items()},
         "items_without_either": int((~covered[1:]).sum()),
         "similarity": _similarity(train, pairs["train"], n_pairs, seed),
+        "relations": _weigh_relations(train, pairs["train"], config["linear_user_power"] or 0.0),
         "memory_mb": memory,
     }
 
@@ -202,6 +207,29 @@ def _similarity(
         auc, n_compared = co_consumption_auc(pairs[:, has_it[pairs[1]]], similarity, n_pairs, seed)
         found[name] = {"auc": auc, "pairs": n_compared}
     return found
+
+
+def _weigh_relations(data: SLIFMRDataset, pairs: np.ndarray, user_power: float) -> list[dict[str, Any]]:
+    """Return how many tags each relation gives to how many items, and what it counts in SLIFMR's linear branch."""
+    tags = tag_factors(data.triples.numpy(), data.item_num)
+    if not len(tags.kinds):
+        return []
+    history = interaction_factor(pairs[0], pairs[1], data.user_num, data.item_num).T.tocsr()
+    users = weighted_interactions(history, user_weights(history, user_power))
+    by_kind = share_out(users, [feature_factor(*features) for features in data.item_features.values()], tags)[1]
+    names, found = data.field2id_token[data.relation_field], []
+    for kind in np.unique(tags.kinds):
+        of_kind = tags.items[:, tags.kinds == kind]
+        found.append(
+            {
+                "relation": str(names[kind // 2]),
+                "item_is": "tail" if kind % 2 else "head",
+                "tags": of_kind.shape[1],
+                "items": int((np.diff(of_kind.indptr) > 0).sum()),
+                "weight": float(by_kind[kind]),
+            }
+        )
+    return sorted(found, key=lambda row: -row["weight"])
 
 
 def _cosine(rows: Any) -> Similarity:
@@ -377,6 +405,13 @@ def sections(found: Mapping[str, Any]) -> list[Section]:
             for name, result in found["similarity"].items()
         ]
         tables.append(Section("similarity of a user's items", ["", "AUC", "pairs"], rows))
+    if found["relations"]:
+        rows = [
+            [row["relation"], row["item_is"], f"{row['tags']:,}", f"{row['items']:,}", f"{row['weight']:.2f}"]
+            for row in found["relations"]
+        ]
+        columns = ["relation", "item is its", "tags", "items", "weight"]
+        tables.append(Section("what relations tell of who has the same items", columns, rows))
     memory = found["memory_mb"]
     rows = [[name, f"{value:,.0f}"] for name, value in memory.items()] + [["in all", f"{sum(memory.values()):,.0f}"]]
     tables.append(Section("memory to train", ["", "MB, estimated"], rows))

@@ -21,7 +21,7 @@ from recbole_slifmr.data.features import KG_TAGS, ItemFeatures
 from recbole_slifmr.data.new_items import NewItems
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.model.base import GraphRecommender
-from recbole_slifmr.model.linear import ContentWeights, content_sources, new_content_sources, share_out
+from recbole_slifmr.model.linear import ContentWeights, content_sources, new_content_sources, relevant_weights
 from recbole_slifmr.model.settings import Count, FeatureSettings, GraphSettings, Positive, Share, Weight, Whole
 from recbole_slifmr.nn.encoder import MOST_AHEAD, FeatureEncoder, InteractionGraph
 from recbole_slifmr.nn.fold_in import fold_in, item_shares
@@ -187,7 +187,7 @@ class FusedRecommender(GraphRecommender):
         weights = ContentWeights({}, settings.linear_feature_weight, settings.linear_kg_weight)
         if settings.linear_shares == "relevance":
             users = weighted_interactions(history, user_weights(history, settings.linear_user_power))
-            weights = share_out(dataset, users, weights)
+            weights = relevant_weights(dataset, users, weights)
         self._content_weights = weights
         return LinearBranch(
             history,

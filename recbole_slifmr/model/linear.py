@@ -33,7 +33,7 @@ from recbole_slifmr.nn.linear import (
     history_scores,
     interaction_factor,
 )
-from recbole_slifmr.nn.relevance import relevance, shares
+from recbole_slifmr.nn.relevance import share_out
 from recbole_slifmr.nn.tags import tag_factors
 
 PRECISIONS = {"double": torch.float64, "single": torch.float32}
@@ -227,7 +227,7 @@ class ContentWeights(NamedTuple):
     kinds: np.ndarray | None = None
 
 
-def share_out(dataset: Any, interactions: scipy.sparse.csr_array, weights: ContentWeights) -> ContentWeights:
+def relevant_weights(dataset: Any, interactions: scipy.sparse.csr_array, weights: ContentWeights) -> ContentWeights:
     """Weigh modalities and kinds of tags by what they say of who has which items, see ``nn/relevance.py``.
 
     Args:
@@ -235,16 +235,10 @@ def share_out(dataset: Any, interactions: scipy.sparse.csr_array, weights: Conte
         interactions: weighted, ``[n_items, n_users]``.
         weights: the means of what is returned.
     """
-    modalities = {name: source.factor for name, source in content_sources(dataset, {}, weights.features, 0).items()}
-    tags = tag_factors(dataset.triples.numpy(), dataset.item_num)
-    kinds = np.unique(tags.kinds) if weights.kg else np.zeros(0, dtype=np.int64)
-    of_kinds = [tags.items[:, tags.kinds == kind] for kind in kinds]
-    found = relevance(interactions, [*modalities.values(), *of_kinds])
-    first, second = found[: len(modalities)], found[len(modalities) :]
-    of_modalities = weights.features * shares(first, list(modalities.values()))
-    by_kind = np.ones(kinds.max(initial=-1) + 1)
-    by_kind[kinds] = shares(second, of_kinds)
-    named = dict(zip(modalities, of_modalities.tolist(), strict=True))
+    factors = {name: source.factor for name, source in content_sources(dataset, {}, weights.features, 0).items()}
+    triples = dataset.triples if weights.kg else dataset.triples[:0]
+    found, by_kind = share_out(interactions, list(factors.values()), tag_factors(triples.numpy(), dataset.item_num))
+    named = dict(zip(factors, (weights.features * found).tolist(), strict=True))
     return weights._replace(modalities=named, kinds=by_kind)
 
 

@@ -10,6 +10,7 @@ import scipy.sparse
 from torch import Tensor
 
 from recbole_slifmr.nn.linear import Matrix
+from recbole_slifmr.nn.tags import Tags
 
 COLUMNS = 16384  # of a factor at a time
 JITTER = 1e-9  # relative: two sources may say the same
@@ -65,6 +66,28 @@ def shares(beta: np.ndarray, factors: Sequence[Matrix]) -> np.ndarray:
     mass = np.array([_squares(_columns(factor)).sum() for factor in factors])
     total = float(root @ mass)
     return root * mass.sum() / total if total > 0 else np.ones(len(factors))
+
+
+def share_out(
+    interactions: scipy.sparse.csr_array, features: Sequence[Matrix], tags: Tags
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what each modality counts beside the others, and what each kind of tag does.
+
+    Args:
+        interactions: see :func:`relevance`.
+        features: of the modalities, ``[n_items, d]`` each.
+        tags: of the knowledge graph.
+
+    Returns:
+        :func:`shares` of the modalities, ``[n]``, and of the kinds of tags, ``[highest kind + 1]``, 1 where there is no
+        such tag.
+    """
+    kinds = np.unique(tags.kinds)
+    of_kinds = [tags.items[:, tags.kinds == kind] for kind in kinds]
+    beta = relevance(interactions, [*features, *of_kinds])
+    by_kind = np.ones(kinds.max(initial=-1) + 1)
+    by_kind[kinds] = shares(beta[len(features) :], of_kinds)
+    return shares(beta[: len(features)], features), by_kind
 
 
 def _columns(factor: Matrix) -> np.ndarray | scipy.sparse.csc_array:
