@@ -26,7 +26,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CLOSED_FORMS = ("EASE", "CEASE", "AddEASE", "L3AE")
-INTERACTIONS = ("ItemKNN", "SLIMElastic", "LightGCN", "XSimGCL", "SGL", "NCL")
+INTERACTIONS = ("ItemKNN", "IALS", "SLIMElastic", "LightGCN", "XSimGCL", "SGL", "NCL")
 GRAPH = ("KGAT", "KGIN", "MCCLK", "LightKG", "AdaKG")
 MULTIMODAL = ("LATTICE", "FREEDOM", "BM3", "MGCN", "SMORE", "MSCA")
 OURS = ("SLIFMRPaper", "SLIFMR")

@@ -170,7 +170,7 @@ def test_slifmr_without_features_sees_no_interactions_of_a_cold_item(tiny, build
 def test_who_can_score_cold_items():
     for model in (*FEATURE_MODELS, *KG_MODELS, "KGAT", "CKE"):
         assert can_score_cold(make_config(model, "toy")).possible
-    for model in ("LightGCN", "BPR", "EASE", "BM3", "XSimGCL"):
+    for model in ("LightGCN", "BPR", "EASE", "BM3", "XSimGCL", "IALS"):
         possible, reason = can_score_cold(make_config(model, "toy"))
         assert not possible and reason.startswith(f"{model} ") and "interactions" in reason
     bare = make_config("SLIFMR", "toy", settings={"use_kg": False, "use_features": False})

@@ -17,7 +17,8 @@ from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.model import MODELS
 from recbole_slifmr.training.experiment import prepare
 
-FEATURE_MODELS = [model for model in MODELS if model not in ("XSimGCL", "LightKG", "AdaKG")]  # the others read none
+NO_FEATURES = ("XSimGCL", "LightKG", "AdaKG", "IALS")
+FEATURE_MODELS = [model for model in MODELS if model not in NO_FEATURES]
 TOKENS = ["a", "b", "7", "é"]
 IDS = {"[PAD]": 0, "7": 1, "é": 2, "c": 3, "a": 4, "b": 5}  # c has no row
 ROWS = np.array([[1, 2, 3], [0, -1, 0.5], [4, 4, 4], [9, 0, 1]], dtype=np.float32)

@@ -16,4 +16,5 @@ MODELS = (
     "CEASE",
     "AddEASE",
     "L3AE",
+    "IALS",
 )

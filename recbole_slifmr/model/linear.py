@@ -13,13 +13,12 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 import numpy as np
 import scipy.sparse
 import torch
-from recbole.utils import InputType, ModelType
-from torch import Tensor, nn
+from torch import Tensor
 
 from recbole_slifmr.data.cold import ColdScoring
 from recbole_slifmr.data.new_items import NewItems
 from recbole_slifmr.errors import SettingError
-from recbole_slifmr.model.base import DeclaredRecommender, feature_size
+from recbole_slifmr.model.base import SolvedRecommender, feature_size
 from recbole_slifmr.model.settings import Count, FeatureSettings, Positive, Range, Weight, check
 from recbole_slifmr.nn.linear import (
     DenseSolver,
@@ -54,7 +53,7 @@ class LinearSettings(FeatureSettings):
     n_neighbours: Count
 
 
-class LinearRecommender(DeclaredRecommender):
+class LinearRecommender(SolvedRecommender):
     """A model that scores an item by the sum of its weights on the user's items, which it finds in closed form.
 
     Args:
@@ -70,10 +69,7 @@ class LinearRecommender(DeclaredRecommender):
         SettingError: for a setting outside its limits or the weight of a modality that is not there.
     """
 
-    type = ModelType.TRADITIONAL
-    input_type = InputType.POINTWISE
     settings: LinearSettings
-    loss_names = ("none",)
     deterministic = True
     n_matrices: ClassVar[int]
 
@@ -99,7 +95,6 @@ class LinearRecommender(DeclaredRecommender):
         self.sources = {"interaction": Source(interactions), **content_sources(dataset, *weights, settings.kg_hops)}
         if len(self.sources) == 1:
             self.logger.warning(f"{config['model']} has neither features nor a knowledge graph here: it is EASE then")
-        self.anchor = nn.Parameter(torch.zeros(1))  # RecBole's trainer wants something to train
         self._weights: Matrix | None = None
 
     @classmethod
@@ -194,7 +189,7 @@ class LinearRecommender(DeclaredRecommender):
     def calculate_loss(self, interaction: Any) -> Tensor:
         """Solve, once; return a loss of zero."""
         assert self.weights is not None
-        return self.anchor.sum() * 0.0
+        return self.no_loss()
 
     def predict(self, interaction: Any) -> Tensor:
         """Return the score of each (user, item) pair, ``[B]``."""

@@ -1,8 +1,8 @@
 """Recommendations for users who were not in training, from the items they have; nothing is trained.
 
-Exact for the closed forms, whose scores are sums over a user's items. Of SLIFMR, the linear branch and the views of
-features and knowledge-graph tags are exact; its interaction view is folded in, and so are the users of LightGCN and of
-the other models with embeddings: see ``nn/fold_in.py``.
+Exact for the closed forms, whose scores are sums over a user's items, and for iALS, which solves for the user. Of
+SLIFMR, the linear branch and the views of features and knowledge-graph tags are exact; its interaction view is folded
+in, and so are the users of LightGCN and of the other models with embeddings: see ``nn/fold_in.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from recbole_slifmr.data.history import History
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.model.base import EmbeddingRecommender
 from recbole_slifmr.model.fused import FusedRecommender
+from recbole_slifmr.model.ials import IALS
 from recbole_slifmr.model.linear import LinearRecommender
 from recbole_slifmr.nn.fold_in import fold_in, item_shares
 from recbole_slifmr.serve.recommend import Ranking, rank_items
@@ -70,7 +71,7 @@ def scorer(trained: Trained) -> Score:
         return model.history_scores
     if isinstance(model, EASE):
         return lambda history: torch.from_numpy(np.asarray(history @ model.item_similarity))
-    if isinstance(model, FusedRecommender):
+    if isinstance(model, (FusedRecommender, IALS)):
         return model.score_new_users()
     if isinstance(model, (EmbeddingRecommender, LightGCN)):
         return _folding_in(trained)
