@@ -94,7 +94,7 @@ class IALS(SolvedRecommender, EmbeddingRecommender):
     @classmethod
     def scores_cold(cls, config: Any) -> ColdScoring:
         """Say that the model knows items by their interactions only."""
-        return ColdScoring(False, "iALS knows items by their interactions only")
+        return ColdScoring(False, "IALS knows items by their interactions only")
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return users ``[n_users, d]`` and items ``[n_items, d]``."""
