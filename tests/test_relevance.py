@@ -65,6 +65,15 @@ def test_sources_that_say_nothing_count_the_same():
         assert shares(beta, factors).tolist() == [1] * len(factors)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_source_that_likens_no_two_items_says_nothing(data):
+    interactions, factors = data
+    turned = np.linalg.qr(np.random.default_rng(0).normal(size=(N_ITEMS, N_ITEMS)))[0]  # of which rounding is left
+    with_others = relevance(sparse(interactions), [torch.from_numpy(turned), sparse(factors[1])])
+    assert with_others[0] == 0
+    assert with_others[1] == pytest.approx(relevance(sparse(interactions), [sparse(factors[1])])[0])
+
+
 def test_two_sources_that_say_the_same_share_what_one_says(data):
     interactions, factors = data
     once = relevance(sparse(interactions), [sparse(factors[1])])

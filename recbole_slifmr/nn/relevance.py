@@ -14,6 +14,7 @@ from recbole_slifmr.nn.tags import Tags
 
 COLUMNS = 16384  # of a factor at a time
 JITTER = 1e-9  # relative: two sources may say the same
+LEAST = 1e-6  # of its diagonal, for what a Gram matrix has beside it to be more than rounding
 
 
 def relevance(interactions: scipy.sparse.csr_array, factors: Sequence[Matrix]) -> np.ndarray:
@@ -41,11 +42,10 @@ def relevance(interactions: scipy.sparse.csr_array, factors: Sequence[Matrix]) -
         for t, second in enumerate(parts[: s + 1]):
             products[s, t] = products[t, s] = _off_diagonal(first, second)
     wanted = np.array([_off_diagonal(part, users) for part in parts])
-    scale = np.sqrt(np.diag(products))
-    says = scale > 0
+    says = np.diag(products) > LEAST * np.array([np.square(_squares(part)).sum() for part in parts])
     found = np.zeros(len(parts))
     if says.any():
-        scale = scale[says]
+        scale = np.sqrt(np.diag(products)[says])
         normal = products[np.ix_(says, says)] / np.outer(scale, scale) + JITTER * np.eye(len(scale))
         lower = np.linalg.cholesky(normal)
         found[says] = scipy.optimize.nnls(lower.T, np.linalg.solve(lower, wanted[says] / scale))[0] / scale
