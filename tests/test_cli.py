@@ -173,7 +173,7 @@ def test_train_reads_config_files_and_resumes(work):
 
 def test_a_run_resumed_from_the_shell_ends_as_the_uninterrupted_one(work):
     arguments = ["train", "--model=SLIFMR", "--dataset=tiny", "--prune_ratio=0.2", "--refresh_interval=adaptive"]
-    arguments += ["--topk=[5]", "--valid_metric=Recall@5", "--show_progress=False", "--learning_rate=0.003"]
+    arguments += ["--topk=[5]", "--valid_metric=Recall@5", "--show_progress=False", "--learning_rate=0.001"]
 
     def train(*more):
         done = command(*arguments, *more, cwd=work, module="slifmr")
