@@ -186,8 +186,8 @@ class FusedRecommender(GraphRecommender):
 
         weights = ContentWeights({}, settings.linear_feature_weight, settings.linear_kg_weight)
         if settings.linear_shares == "relevance":
-            users = weighted_interactions(history, user_weights(history, settings.linear_user_power))
-            weights = relevant_weights(dataset, users, weights)
+            weighted = weighted_interactions(history, user_weights(history, settings.linear_user_power))
+            weights = relevant_weights(dataset, weighted, weights)
         self._content_weights = weights
         return LinearBranch(
             history,
