@@ -191,7 +191,7 @@ class FusedRecommender(GraphRecommender):
         self._content_weights = weights
         return LinearBranch(
             history,
-            lambda: list(content_sources(dataset, *weights).values()),
+            lambda: list(content_sources(dataset, weights).values()),
             settings.linear_reg_weight,
             weight,
             linear_solver(settings, self.n_items, self.device),
@@ -382,7 +382,7 @@ class FusedRecommender(GraphRecommender):
         if self.linear is None:
             return nothing
         weights = self._content_weights
-        of_new, known = new_content_sources(dataset, new, *weights), content_sources(dataset, *weights)
+        of_new, known = new_content_sources(dataset, new, weights), content_sources(dataset, weights)
         if not of_new:
             return nothing
         return cross_gram([known[name] for name in of_new], list(of_new.values()))

@@ -117,13 +117,13 @@ class IALS(SolvedRecommender, EmbeddingRecommender):
             self._solve(self.users, sides[0], self.items)
             self._solve(self.items, sides[1], self.users)
 
-    def _solve(self, found: Tensor, sides: list[_Batch], other: Tensor) -> None:
+    def _solve(self, found: Tensor, regressions: list[_Batch], other: Tensor) -> None:
         """Solve the regression of each row of ``found [n, d]`` on the rows of ``other [m, d]`` that it has."""
         settings = self.settings
         everything = settings.unobserved_weight * other.T @ other
         unit = torch.eye(other.shape[1], device=other.device)
         n_others = len(other) - 1  # without the padding
-        for rows, columns, there in sides:
+        for rows, columns, there in regressions:
             known = other[columns] * there.unsqueeze(2)
             count = there.sum(1) + settings.unobserved_weight * n_others
             reg = settings.reg_weight * count**settings.reg_exponent

@@ -91,8 +91,7 @@ class LinearRecommender(SolvedRecommender):
         users, items = (dataset.inter_feat[field].numpy() for field in (self.USER_ID, self.ITEM_ID))
         interactions = interaction_factor(users, items, self.n_users, self.n_items)
         self.history: scipy.sparse.csr_array = interactions.T.tocsr()
-        weights = settings.modality_weights, settings.feature_weight, settings.kg_weight
-        self.sources = {"interaction": Source(interactions), **content_sources(dataset, *weights, settings.kg_hops)}
+        self.sources = {"interaction": Source(interactions), **content_sources(dataset, self._content_weights())}
         if len(self.sources) == 1:
             self.logger.warning(f"{config['model']} has neither features nor a knowledge graph here: it is EASE then")
         self._weights: Matrix | None = None
@@ -135,14 +134,16 @@ class LinearRecommender(SolvedRecommender):
         Raises:
             SettingError: if the sources that new items have weigh nothing.
         """
-        settings = self.settings
-        weights = settings.modality_weights, settings.feature_weight, settings.kg_weight
-        of_new = new_content_sources(dataset, new, *weights, settings.kg_hops)
+        of_new = new_content_sources(dataset, new, self._content_weights())
         content = {name: source for name, source in self.sources.items() if name != "interaction"}
         if not of_new:
             raise SettingError("the model gives no weight to what is known of the new items")
         wanted = cross_gram([content[name] for name in of_new], list(of_new.values()))
         return torch.from_numpy(self.combine_new([self.sources["interaction"]], list(content.values()), wanted)).float()
+
+    def _content_weights(self) -> ContentWeights:
+        settings = self.settings
+        return ContentWeights(settings.modality_weights, settings.feature_weight, settings.kg_weight, settings.kg_hops)
 
     def solve(self, with_content: bool = True) -> Matrix:
         """Return the weights B, ``[n_items, n_items]``: column j holds what item j's score takes of each item.
@@ -213,7 +214,15 @@ class LinearRecommender(SolvedRecommender):
 
 
 class ContentWeights(NamedTuple):
-    """What the content counts: the arguments of :func:`content_sources` after the data set."""
+    """What the content counts.
+
+    Attributes:
+        modalities: by name.
+        features: of the modalities that have none by name.
+        kg: of the tags of the knowledge graph.
+        kg_hops: see :func:`~recbole_slifmr.nn.tags.tag_factor`.
+        kinds: of the tags of each kind, see :class:`~recbole_slifmr.nn.tags.Tags`, beside ``kg``.
+    """
 
     modalities: dict[str, float]
     features: float
@@ -230,40 +239,29 @@ def relevant_weights(dataset: Any, interactions: scipy.sparse.csr_array, weights
         interactions: weighted, ``[n_items, n_users]``.
         weights: the means of what is returned.
     """
-    factors = {name: source.factor for name, source in content_sources(dataset, {}, weights.features, 0).items()}
+    factors = {name: source.factor for name, source in content_sources(dataset, weights._replace(kg=0.0)).items()}
     triples = dataset.triples if weights.kg else dataset.triples[:0]
     found, by_kind = share_out(interactions, list(factors.values()), tag_factors(triples.numpy(), dataset.item_num))
     named = dict(zip(factors, (weights.features * found).tolist(), strict=True))
     return weights._replace(modalities=named, kinds=by_kind)
 
 
-def content_sources(
-    dataset: Any,
-    modality_weights: dict[str, float],
-    feature_weight: float,
-    kg_weight: float,
-    kg_hops: int = 1,
-    kind_weights: np.ndarray | None = None,
-) -> dict[str, Source]:
+def content_sources(dataset: Any, content: ContentWeights) -> dict[str, Source]:
     """Return the modalities by name and the tags of the knowledge graph as ``kg``, without those that weigh nothing.
 
     Args:
         dataset: the training split.
-        modality_weights: by name.
-        feature_weight: of the modalities that have none by name.
-        kg_weight: of the tags.
-        kg_hops: see :func:`~recbole_slifmr.nn.tags.tag_factor`.
-        kind_weights: of the tags of each kind, see :class:`~recbole_slifmr.nn.tags.Tags`, beside ``kg_weight``.
+        content: what each counts.
     """
-    weights = dict.fromkeys(dataset.item_features, feature_weight) | modality_weights
+    weights = dict.fromkeys(dataset.item_features, content.features) | content.modalities
     sources = {
         name: Source(feature_factor(*features), weights[name])
         for name, features in dataset.item_features.items()
         if weights[name]
     }
-    if kg_weight and len(dataset.triples):
-        tags = tag_factors(dataset.triples.numpy(), dataset.item_num, kg_hops)
-        sources["kg"] = Source(weigh_kinds(tags.items, tags.kinds, kind_weights), kg_weight)
+    if content.kg and len(dataset.triples):
+        tags = tag_factors(dataset.triples.numpy(), dataset.item_num, content.kg_hops)
+        sources["kg"] = Source(weigh_kinds(tags.items, tags.kinds, content.kinds), content.kg)
     return sources
 
 
@@ -282,28 +280,19 @@ def weigh_kinds(
     return (tags @ scipy.sparse.diags_array(np.sqrt(kind_weights[kinds]))).tocsr()
 
 
-def new_content_sources(
-    dataset: Any,
-    new: NewItems,
-    modality_weights: dict[str, float],
-    feature_weight: float,
-    kg_weight: float,
-    kg_hops: int = 1,
-    kind_weights: np.ndarray | None = None,
-) -> dict[str, Source]:
+def new_content_sources(dataset: Any, new: NewItems, content: ContentWeights) -> dict[str, Source]:
     """Return the factors of new items, ``[n_new, c]`` each, by the names of :func:`content_sources`; see there.
 
     Features are centred by the mean of the training's items, and tags count as they do there.
     """
     sources = {}
-    weights = modality_weights, feature_weight, kg_weight, kg_hops, kind_weights
-    for name, known in content_sources(dataset, *weights).items():
+    for name, known in content_sources(dataset, content).items():
         if name in new.features:
             mean = feature_mean(*dataset.item_features[name])
             sources[name] = Source(feature_factor(*new.features[name], mean), known.weight)
         elif name == "kg":
-            tags = tag_factors(dataset.triples.numpy(), dataset.item_num, kg_hops, new.links, len(new.tokens))
-            sources[name] = Source(weigh_kinds(tags.new, tags.kinds, kind_weights), known.weight)
+            tags = tag_factors(dataset.triples.numpy(), dataset.item_num, content.kg_hops, new.links, len(new.tokens))
+            sources[name] = Source(weigh_kinds(tags.new, tags.kinds, content.kinds), known.weight)
     return sources
 
 
