@@ -8,7 +8,8 @@ import pytest
 from conftest import QUIET, write_table
 
 from recbole_slifmr.cli import main
-from recbole_slifmr.data.survey import co_consumption_auc, remarks, survey
+from recbole_slifmr.data.survey import co_consumption_auc, survey
+from recbole_slifmr.data.survey_report import remarks
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.training.experiment import load_data
 

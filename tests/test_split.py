@@ -7,7 +7,8 @@ import pytest
 from conftest import QUIET, write_table
 
 from recbole_slifmr.data.atomic import write_atomic
-from recbole_slifmr.data.survey import remarks, survey
+from recbole_slifmr.data.survey import survey
+from recbole_slifmr.data.survey_report import remarks
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.training.checkpoint import read_checkpoint

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from recbole_slifmr.cli.options import FREE_SETTINGS, with_options
-from recbole_slifmr.data.survey import Section, remarks, sections, survey, write_survey
+from recbole_slifmr.data.survey import survey
+from recbole_slifmr.data.survey_report import Section, remarks, sections, write_survey
 from recbole_slifmr.errors import UnknownSettingWarning
 from recbole_slifmr.host.settings import make_config, parse_settings
 from recbole_slifmr.model import MODELS
