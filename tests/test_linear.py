@@ -93,6 +93,18 @@ def test_direction_and_relation_tell_tags_apart():
         assert tag_factor(np.array([(1, 1, 3), other]), 3).shape == (3, 0)
 
 
+def test_the_ends_of_a_link_between_items_have_tags_in_common():
+    cites = np.array([(1, 0, 2), (3, 0, 4), (5, 0, 4), (6, 0, 7), (7, 1, 6), (7, 1, 8)])
+    tags = tag_factor(cites, 10).toarray()
+    assert tags.shape == (10, 10), "to 2, 4 and 7 by relation 0 and from 1, 3, 5 and 6; to 6 and 8 by 1 and from 7"
+    alike = (tags @ tags.T > 0) & ~np.eye(10, dtype=bool)
+    expected = [[1, 2], [3, 4], [3, 5], [4, 5], [6, 7], [6, 8], [7, 8]]
+    assert np.argwhere(np.triu(alike)).tolist() == expected
+    two, three = np.sqrt(np.log(1 + 9 / np.array([2, 3])))
+    np.testing.assert_allclose(sorted(tags[4][tags[4] > 0]), [three, two, two])
+    np.testing.assert_array_equal(tags, tag_factor(np.concatenate([cites, cites, [(9, 0, 9)]]), 10).toarray())
+
+
 def test_two_hops_reach_the_tags_of_the_neighbours():
     tags = tag_factor(TRIPLES, 5, n_hops=2).toarray()
     assert tags.shape == (5, 3)
@@ -218,7 +230,8 @@ def test_tags_take_memory_by_triples_and_not_by_relations_times_entities():
     triples = np.array([[1, 0, 100_000], [2, 0, 100_000], [1, 30_000, 2], [3, 7, 4]])
     for n_hops in (1, 2):
         tags = tag_factor(triples, 5, n_hops).toarray()
-        assert tags.shape == (5, 1) and (tags[:, 0] > 0).tolist() == [False, True, True, False, False]
+        assert tags.shape == (5, 5) and (tags[1] > 0).sum() == 3 and (tags[3] > 0).sum() == 2
+        np.testing.assert_array_equal(tags[[1, 3]], tags[[2, 4]])
 
 
 def test_a_matrix_that_cannot_be_inverted_is_named(sources):

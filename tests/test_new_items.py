@@ -182,6 +182,13 @@ def test_new_items_have_the_tags_that_others_have(n_hops):
     assert not new[2].any()
 
 
+def test_a_new_item_that_cites_an_item_has_a_tag_of_it():
+    cites = np.array([(1, 0, 2), (3, 0, 4)])
+    known, new, _ = tag_factors(cites, 6, 1, np.array([(0, 0, 2), (1, 1, 3)]), 2)  # cites 2; is cited by 3
+    likeness = (new @ known.T).toarray() > 0
+    assert likeness.tolist() == [[False, True, True] + 3 * [False], 3 * [False] + [True, True, False]]
+
+
 def test_the_vectors_of_new_tags_are_those_of_the_items_with_the_same():
     rng = np.random.default_rng(0)
     triples = np.stack([rng.integers(1, 40, 200), rng.integers(1, 3, 200), rng.integers(40, 70, 200)], axis=1)

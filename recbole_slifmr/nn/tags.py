@@ -32,10 +32,11 @@ class Tags(NamedTuple):
 def tag_factor(triples: np.ndarray, n_items: int, n_hops: int = 1) -> scipy.sparse.csr_array:
     r"""Return the tags that the knowledge graph gives the items, ``[n_items, n_tags]``.
 
-    A tag is a relation, its direction and the entity at its other end. Of n items, df have the tag; its column is
-    :math:`\sqrt{\log(1 + n / df)}` in their rows. Tags of one item alone are left out. With two hops, an item also has
-    the tags that its neighbours have, with the relation and direction that lead to the neighbour; entities that are
-    items of their own are left out of the second hop.
+    A tag is a relation, its direction and the entity at its other end. If that entity is an item, it has the tag, too:
+    so the two ends of a link between items, such as a citation, have tags in common. Of n items, df have the tag; its
+    column is :math:`\sqrt{\log(1 + n / df)}` in their rows. Tags of one item alone are left out. With two hops, an item
+    also has the tags that its neighbours have, with the relation and direction that lead to the neighbour; entities
+    that are items of their own are left out of the second hop.
 
     Args:
         triples: head, relation, tail, ``[T, 3]``; entity i is item i for ``0 < i < n_items``.
@@ -66,6 +67,7 @@ def tag_factors(
     n_entities = max(n_items, int(triples[:, [0, 2]].max(initial=0)) + 1)
     known, tag = start < n_items, kind * n_entities + end
     near = np.unique(tag[known])
+    linked = near[near % n_entities < n_items]  # tags whose entity is an item
     onward, steps = None, np.zeros(0, dtype=np.int64)
     if n_hops == 2:
         onward = _among(start, tag, np.unique(tag[end >= n_items]), n_entities)
@@ -79,7 +81,8 @@ def tag_factors(
         return scipy.sparse.hstack(found, format="csc")
 
     kinds = np.concatenate([near // n_entities, np.repeat(steps, 0 if onward is None else onward.shape[1])])
-    every = rows(start[known], kind[known], end[known], n_items)
+    having = np.concatenate([start[known], linked % n_entities])
+    every = rows(having, *np.divmod(np.concatenate([tag[known], linked]), n_entities), n_items)
     frequency = np.diff(every.indptr)
     shared = frequency > 1
     scale = scipy.sparse.diags_array(np.sqrt(np.log1p((n_items - 1) / frequency[shared])))
