@@ -15,7 +15,9 @@ Refitting without it changes P by a rank of one, so that the leave-one-user-out 
     \ell_j = 1 - \frac{1 - s_j}{(1 - v h) + v p_j (1 - s_j)^2} \;\; (j \in x) .
 
 Both follow from :math:`q = x P` with :math:`q_j = -p_j s_j` outside x and :math:`q_j = p_j (1 - s_j)` within, and from
-the Sherman-Morrison formula. Where B has no more than a fixed number of weights per column, they are approximations.
+the Sherman-Morrison formula. Where each column of B was solved for with some of the items only, :math:`h = \sum_i x_i
+p_i (1 - s_i)` is over those of them that the user has and the column's own. Both are approximations then, since each
+:math:`p_i` and :math:`s_i` is of a column with other items.
 
 That score also says how far an interaction may be trusted: what neither the user's other interactions nor other users
 speak for may be noise. Half of the trust is lost where the score is half a standard deviation of those of the items
@@ -78,8 +80,8 @@ class LinearBranch:
         self.reg = reg + popularity_reg * torch.from_numpy(history.sum(axis=0).astype(np.float64))
         self._items = torch.from_numpy(history.indices.astype(np.int64)).to(device)
         self._bounds = torch.from_numpy(history.indptr.astype(np.int64)).to(device)
-        self._columns: scipy.sparse.csr_array | None = None
-        self._solved: tuple[Matrix, Tensor, Tensor, float] | None = None
+        self._columns: tuple[scipy.sparse.csr_array, scipy.sparse.csr_array] | None = None
+        self._solved: tuple[Matrix, Tensor, Matrix, float] | None = None
 
     @property
     def weights(self) -> Matrix:
@@ -131,7 +133,11 @@ class LinearBranch:
         weights, variance, leverage, scale = self._solution()
         sums = self._sums(weights, users, items)
         variance = variance[items] * self._user_weights[users].unsqueeze(1)
-        return scale * _without_user(sums, variance, leverage[users].unsqueeze(1), known)
+        if isinstance(leverage, Tensor):
+            of_pairs = leverage[users].unsqueeze(1)
+        else:
+            of_pairs = _inner_products(leverage, self._by_column(weights)[1], users, items)
+        return scale * _without_user(sums, variance, of_pairs, known)
 
     def trust(self, users: Tensor, items: Tensor, strength: float = 1.0) -> Tensor:
         """Return how far each training interaction is trusted, see :func:`trust`, ``[E]``.
@@ -151,8 +157,12 @@ class LinearBranch:
     def _sources(self) -> list[Source]:
         return [Source(weighted_interactions(self.history, self._shares)), *self.content()]
 
-    def _solution(self) -> tuple[Matrix, Tensor, Tensor, float]:
-        """Return B, the diagonal of P ``[n_items]``, the leverage v h of each user ``[n_users]`` and the scale."""
+    def _solution(self) -> tuple[Matrix, Tensor, Matrix, float]:
+        """Return B, the diagonal of P ``[n_items]``, the leverage and the scale.
+
+        The leverage v h is that of each user, ``[n_users]``; where B is sparse, the parts of each user's items,
+        ``[n_users, n_items]``.
+        """
         if self._solved is None:
             weights, diagonal = self.solver.solve_with_diagonal(self._sources(), self.reg)
             variance = diagonal.float().to(self.device)
@@ -162,14 +172,16 @@ class LinearBranch:
                 self._sums(weights, users[start : start + PAIRS], self._items[start : start + PAIRS, None])
                 for start in range(0, len(users), PAIRS)
             ]
-            own, of_item = torch.cat(sums).squeeze(1), variance[self._items]
-            leverage = _sums_of_rows((of_item * (1 - own)).unsqueeze(1), self._bounds[:-1])
-            leverage = (leverage.squeeze(1) * self._user_weights).clamp(max=MOST_LEVERAGE)
+            parts = self._user_weights[users] * variance[self._items] * (1 - torch.cat(sums).squeeze(1))
+            leverage: Matrix = _sums_of_rows(parts.unsqueeze(1), self._bounds[:-1]).squeeze(1)
+            if not isinstance(weights, Tensor):
+                where = self.history.indices, self.history.indptr
+                leverage = scipy.sparse.csr_array((parts.cpu().numpy(), *where), shape=self.history.shape)
             noise = self._noise(weights, variance, leverage)
             self._solved = weights, variance, leverage, self.size / noise if noise > 0 else 0.0
         return self._solved
 
-    def _noise(self, weights: Matrix, variance: Tensor, leverage: Tensor) -> float:
+    def _noise(self, weights: Matrix, variance: Tensor, leverage: Matrix) -> float:
         """Return the standard deviation of the leave-one-user-out scores over the items that users do not have.
 
         Of ``SAMPLE`` of the users who have any, evenly spaced. Item 0 is RecBole's padding.
@@ -183,15 +195,21 @@ class LinearBranch:
             lacking[:, 0] = False
             scores = history_scores(history, weights, self.device)
             variances = variance * self._user_weights[some].unsqueeze(1)
-            scores = _without_user(scores, variances, leverage[some].unsqueeze(1), ~lacking).double() * lacking
+            if isinstance(leverage, Tensor):
+                of_users = leverage[some].unsqueeze(1)
+            else:
+                of_users = history_scores(leverage[some], self._by_column(weights)[1].T, self.device)
+            scores = _without_user(scores, variances, of_users, ~lacking).double() * lacking
             sums.append(torch.stack([lacking.sum(), scores.sum(), scores.square().sum()]))
         count, total, squares = torch.stack(sums).sum(0).tolist()
         return max(squares / count - (total / count) ** 2, 0.0) ** 0.5 if count else 0.0
 
-    def _by_column(self, weights: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
-        """Return the transposed weights, made once: every training step asks for some columns."""
+    def _by_column(self, weights: scipy.sparse.csr_array) -> tuple[scipy.sparse.csr_array, scipy.sparse.csr_array]:
+        """Return the transposed weights, and ones where they are not zero and on the diagonal; made once."""
         if self._columns is None:
-            self._columns = weights.T.tocsr()
+            columns = weights.T.tocsr()
+            near = ((columns != 0) + scipy.sparse.eye_array(len(self.reg), dtype=bool)).astype(np.float64).tocsr()
+            self._columns = columns, near
         return self._columns
 
     def _counts(self) -> Tensor:
@@ -211,9 +229,7 @@ class LinearBranch:
             known, starts, rows = self._histories(users)
             entries = weights[known.unsqueeze(1), items[rows]]
             return _sums_of_rows(entries, starts)
-        own, columns = self.history[users.cpu().numpy()], self._by_column(weights)
-        sums = [own.multiply(columns[column]).sum(axis=1) for column in items.T.cpu().numpy()]
-        return torch.from_numpy(np.stack(sums, axis=1).astype(np.float32)).to(users.device)
+        return _inner_products(self.history, self._by_column(weights)[0], users, items)
 
 
 def user_weights(history: scipy.sparse.csr_array, power: float) -> np.ndarray:
@@ -250,7 +266,23 @@ def _sums_of_rows(rows: Tensor, starts: Tensor) -> Tensor:
     return F.embedding_bag(torch.arange(len(rows), device=rows.device), rows, starts, mode="sum")
 
 
+def _inner_products(
+    rows: scipy.sparse.csr_array, columns: scipy.sparse.csr_array, users: Tensor, items: Tensor
+) -> Tensor:
+    """Return those of the rows of ``users [B]`` and the columns of ``items [B, K]``, ``[B, K]``.
+
+    Args:
+        rows: ``[n_users, n]``.
+        columns: transposed, ``[n_items, n]``.
+        users: whose rows.
+        items: of each user, whose columns.
+    """
+    own = rows[users.cpu().numpy()]
+    sums = [own.multiply(columns[column]).sum(axis=1) for column in items.T.cpu().numpy()]
+    return torch.from_numpy(np.stack(sums, axis=1).astype(np.float32)).to(users.device)
+
+
 def _without_user(sums: Tensor, variance: Tensor, leverage: Tensor, known: Tensor) -> Tensor:
-    rest = torch.where(known, 1 - sums, sums)
+    rest, leverage = torch.where(known, 1 - sums, sums), leverage.clamp(max=MOST_LEVERAGE)
     score = rest / ((1 - leverage) + variance * rest.square())
     return torch.where(known, 1 - score, score)
