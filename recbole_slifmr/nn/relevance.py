@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import scipy.optimize
@@ -10,7 +11,7 @@ import scipy.sparse
 from torch import Tensor
 
 from recbole_slifmr.nn.linear import Matrix
-from recbole_slifmr.nn.tags import Tags
+from recbole_slifmr.nn.tags import Tags, indicator
 
 COLUMNS = 16384  # of a factor at a time
 JITTER = 1e-9  # relative: two sources may say the same
@@ -35,20 +36,22 @@ def relevance(interactions: scipy.sparse.csr_array, factors: Sequence[Matrix]) -
         :math:`\beta`, one number per factor; zeros where the data say nothing.
     """
     by_chance = interactions.power(2).sum(axis=1)[:, None]
-    users = interactions.tocsc()
-    parts = [by_chance, *(_columns(factor) for factor in factors)]
-    products = np.zeros((len(parts), len(parts)))
-    for s, first in enumerate(parts):
-        for t, second in enumerate(parts[: s + 1]):
-            products[s, t] = products[t, s] = _off_diagonal(first, second)
-    wanted = np.array([_off_diagonal(part, users) for part in parts])
-    says = np.diag(products) > LEAST * np.array([np.square(_squares(part)).sum() for part in parts])
-    found = np.zeros(len(parts))
+    sources = [by_chance, *(_columns(factor) for factor in factors)]
+    lengths = np.stack([_squares(source) for source in sources], axis=1)
+    users = _Stack(interactions.tocsc(), np.zeros(1, dtype=np.int64), np.zeros(interactions.shape[1], dtype=np.int64))
+    products, wanted = -lengths.T @ lengths, -lengths.T @ by_chance
+    stacks = _stacks(sources)
+    for first in stacks:
+        wanted[first.sources] += _inner_products(first, users)
+        for second in stacks:
+            products[np.ix_(first.sources, second.sources)] += _inner_products(first, second)
+    says = np.diag(products) > LEAST * np.square(lengths).sum(axis=0)
+    found = np.zeros(len(sources))
     if says.any():
         scale = np.sqrt(np.diag(products)[says])
         normal = products[np.ix_(says, says)] / np.outer(scale, scale) + JITTER * np.eye(len(scale))
         lower = np.linalg.cholesky(normal)
-        found[says] = scipy.optimize.nnls(lower.T, np.linalg.solve(lower, wanted[says] / scale))[0] / scale
+        found[says] = scipy.optimize.nnls(lower.T, np.linalg.solve(lower, wanted[says, 0] / scale))[0] / scale
     return found[1:]
 
 
@@ -99,10 +102,44 @@ def _squares(factor: np.ndarray | scipy.sparse.csc_array) -> np.ndarray:
     return np.square(factor).sum(axis=1) if isinstance(factor, np.ndarray) else factor.power(2).sum(axis=1)
 
 
-def _off_diagonal(first: np.ndarray | scipy.sparse.csc_array, second: np.ndarray | scipy.sparse.csc_array) -> float:
-    """Return the inner product of two Gram matrices without their diagonals."""
-    total = 0.0
-    for start in range(0, second.shape[1], COLUMNS):
-        product = first.T @ second[:, start : start + COLUMNS]
-        total += float((product.power(2) if scipy.sparse.issparse(product) else np.square(product)).sum())
-    return total - float(_squares(first) @ _squares(second))
+class _Stack(NamedTuple):
+    """Sources side by side, all of them dense or all sparse.
+
+    Attributes:
+        columns: ``[n_items, c]``.
+        sources: which they are, ``[n]``.
+        places: of the source of each column among them, ``[c]``.
+    """
+
+    columns: np.ndarray | scipy.sparse.csc_array
+    sources: np.ndarray
+    places: np.ndarray
+
+
+def _stacks(sources: Sequence[np.ndarray | scipy.sparse.csc_array]) -> list[_Stack]:
+    """Return the dense sources side by side, and the sparse ones."""
+    dense = {place: source for place, source in enumerate(sources) if isinstance(source, np.ndarray)}
+    sparse = {place: source for place, source in enumerate(sources) if not isinstance(source, np.ndarray)}
+    stacks = []
+    for some, join in ((dense, np.hstack), (sparse, scipy.sparse.hstack)):
+        if some:
+            places = np.repeat(np.arange(len(some)), [source.shape[1] for source in some.values()])
+            stacks.append(_Stack(join(list(some.values())), np.array(list(some)), places))
+    return stacks
+
+
+def _inner_products(first: _Stack, second: _Stack) -> np.ndarray:
+    """Return those of the Gram matrices of the sources of the first and of the second, ``[n, m]``."""
+    total = np.zeros((len(first.sources), len(second.sources)))
+    of_first = _membership(first.places, len(total))
+    for start in range(0, second.columns.shape[1], COLUMNS):
+        product = first.columns.T @ second.columns[:, start : start + COLUMNS]
+        squares = product.power(2) if scipy.sparse.issparse(product) else np.square(product)
+        part = of_first.T @ squares @ _membership(second.places[start : start + COLUMNS], total.shape[1])
+        total += part.toarray() if scipy.sparse.issparse(part) else part
+    return total
+
+
+def _membership(places: np.ndarray, n: int) -> scipy.sparse.csr_array:
+    """Return a one in each row, at the place that is given for it, ``[c, n]``."""
+    return indicator(np.arange(len(places)), places, (len(places), n))
