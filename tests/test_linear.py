@@ -210,6 +210,24 @@ def test_leave_one_out_scores_are_those_of_weights_fitted_without_the_user(sourc
         np.testing.assert_allclose(trust, found, rtol=1e-4)
 
 
+@pytest.mark.parametrize("k", [5, 10])
+def test_with_some_weights_only_leave_one_out_scores_are_nearly_those_of_the_same_weights_refitted(sources, k):
+    history = sources[0].factor.T.tocsr()
+    x, content = history.toarray(), dense(sources[1]) @ dense(sources[1]).T
+    branch = LinearBranch(history, lambda: sources[1:], REG, 2.5, NeighbourSolver(k), "cpu")
+    weights = branch.weights.toarray()
+    expected = np.zeros_like(x)
+    for user, item in np.ndindex(*x.shape):
+        near = np.flatnonzero(weights[:, item])
+        gram = x.T @ x - np.outer(x[user], x[user]) + content + REG * np.eye(N_ITEMS)
+        expected[user, item] = x[user, near] @ np.linalg.solve(gram[np.ix_(near, near)], gram[near, item])
+    items = torch.arange(N_ITEMS).expand(N_USERS, -1)
+    scores = branch.leave_one_out(torch.arange(N_USERS), items, torch.from_numpy(x > 0)).numpy() / branch.scale
+    for chosen in (x > 0, x == 0):
+        seen = np.abs(x @ weights - expected)[chosen].mean()
+        assert np.abs(scores - expected)[chosen].mean() < 0.15 * seen
+
+
 def test_tag_vectors_keep_the_inner_products_of_the_tags():
     rng = np.random.default_rng(0)
     triples = np.stack([rng.integers(1, 40, 200), rng.integers(0, 3, 200), rng.integers(40, 70, 200)], axis=1)

@@ -27,7 +27,7 @@ that users do not have.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -43,6 +43,47 @@ SAMPLE = 1024  # users of whom the noise is measured
 MOST_LEVERAGE = 0.99  # of a user's row; with weights cut off, h may come out as 1 or more
 DOUBT = 0.5  # standard deviations: half of the trust is lost there, and most of the change is as far around it
 LEAST_TRUST = 1e-3  # an interaction stays one
+
+
+class Solution(NamedTuple):
+    """What scores take of the regression.
+
+    Attributes:
+        weights: B, ``[n_items, n_items]``.
+        entries: of B where it is sparse.
+        variance: the diagonal of P, ``[n_items]``.
+        parts: what each training interaction adds to v h of its user, ``[E]``, in the order of the history.
+        leverage: v h of each user, ``[n_users]``.
+    """
+
+    weights: Matrix
+    entries: Entries | None
+    variance: Tensor
+    parts: Tensor
+    leverage: Tensor
+
+
+class Entries:
+    """The entries of a sparse matrix, to be looked up by row and column.
+
+    Args:
+        matrix: ``[n, m]``.
+        device: of the entries.
+    """
+
+    def __init__(self, matrix: scipy.sparse.csr_array, device: torch.device | str) -> None:
+        places = np.ravel_multi_index(matrix.nonzero(), matrix.shape)
+        order = np.argsort(places)
+        self._places = torch.from_numpy(places[order]).to(device)
+        self._values = torch.from_numpy(matrix.data[matrix.data != 0][order].astype(np.float32)).to(device)
+        self._width = matrix.shape[1]
+
+    def at(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the entries at some rows and columns, which broadcast, and which of them are not zero."""
+        wanted = rows * self._width + columns
+        found = torch.searchsorted(self._places, wanted).clamp(max=len(self._places) - 1)
+        there = self._places[found] == wanted
+        return self._values[found] * there, there
 
 
 class LinearBranch:
@@ -80,26 +121,24 @@ class LinearBranch:
         self.reg = reg + popularity_reg * torch.from_numpy(history.sum(axis=0).astype(np.float64))
         self._items = torch.from_numpy(history.indices.astype(np.int64)).to(device)
         self._bounds = torch.from_numpy(history.indptr.astype(np.int64)).to(device)
-        self._columns: tuple[scipy.sparse.csr_array, scipy.sparse.csr_array] | None = None
-        self._solved: tuple[Matrix, Tensor, Matrix, float] | None = None
+        self._solved: tuple[Solution, float] | None = None
 
     @property
     def weights(self) -> Matrix:
         """B, ``[n_items, n_items]``: column j holds what item j's score takes of each item of a user."""
-        return self._solution()[0]
+        return self._solution()[0].weights
 
     @property
     def scale(self) -> float:
         """What ``x B`` is multiplied by."""
-        return self._solution()[3]
+        return self._solution()[1]
 
     def scores(self, users: Tensor) -> Tensor:
         """Return the scores of all items for ``users [B]``, ``[B, n_items]``."""
-        weights, _, _, scale = self._solution()
-        if not isinstance(weights, Tensor):
+        if not isinstance(self.weights, Tensor):
             return self.history_scores(self.history[users.cpu().numpy()])
-        items, starts, _ = self._histories(users)
-        return F.embedding_bag(items, weights, starts, mode="sum").mul_(scale)
+        places, starts, _ = self._histories(users)
+        return F.embedding_bag(self._items[places], self.weights, starts, mode="sum").mul_(self.scale)
 
     def history_scores(self, history: scipy.sparse.csr_array) -> Tensor:
         """Return the scores of all items for users with other items than in training, ``[n, n_items]``.
@@ -120,7 +159,8 @@ class LinearBranch:
 
     def pair_scores(self, users: Tensor, items: Tensor) -> Tensor:
         """Return the scores of ``items [B, K]`` for ``users [B]``, ``[B, K]``."""
-        return self._sums(self.weights, users, items) * self.scale
+        solution, scale = self._solution()
+        return self._sums(solution.weights, solution.entries, users, items) * scale
 
     def leave_one_out(self, users: Tensor, items: Tensor, known: Tensor) -> Tensor:
         """Return the scores that items would have if B had been solved for without the user, ``[B, K]``.
@@ -130,14 +170,17 @@ class LinearBranch:
             items: ``[B, K]``.
             known: which of the items are among the user's interactions, ``[B, K]`` or what broadcasts to it, bool.
         """
-        weights, variance, leverage, scale = self._solution()
-        sums = self._sums(weights, users, items)
-        variance = variance[items] * self._user_weights[users].unsqueeze(1)
-        if isinstance(leverage, Tensor):
-            of_pairs = leverage[users].unsqueeze(1)
+        solution, scale = self._solution()
+        places, starts, rows = self._histories(users)
+        known_items, wanted = self._items[places].unsqueeze(1), items[rows]
+        weights, there = _look_up(solution.weights, solution.entries, known_items, wanted)
+        if there is None:
+            leverage = solution.leverage[users].unsqueeze(1)
         else:
-            of_pairs = _inner_products(leverage, self._by_column(weights)[1], users, items)
-        return scale * _without_user(sums, variance, of_pairs, known)
+            parts = solution.parts[places].unsqueeze(1) * (there | (known_items == wanted))
+            leverage = _sums_of_rows(parts, starts)
+        variance = solution.variance[items] * self._user_weights[users].unsqueeze(1)
+        return scale * _without_user(_sums_of_rows(weights, starts), variance, leverage, known)
 
     def trust(self, users: Tensor, items: Tensor, strength: float = 1.0) -> Tensor:
         """Return how far each training interaction is trusted, see :func:`trust`, ``[E]``.
@@ -157,79 +200,67 @@ class LinearBranch:
     def _sources(self) -> list[Source]:
         return [Source(weighted_interactions(self.history, self._shares)), *self.content()]
 
-    def _solution(self) -> tuple[Matrix, Tensor, Matrix, float]:
-        """Return B, the diagonal of P ``[n_items]``, the leverage and the scale.
-
-        The leverage v h is that of each user, ``[n_users]``; where B is sparse, the parts of each user's items,
-        ``[n_users, n_items]``.
-        """
+    def _solution(self) -> tuple[Solution, float]:
+        """Return the solution and what ``x B`` is multiplied by."""
         if self._solved is None:
             weights, diagonal = self.solver.solve_with_diagonal(self._sources(), self.reg)
             variance = diagonal.float().to(self.device)
+            entries = None if isinstance(weights, Tensor) else Entries(weights, self.device)
             weights = weights.float().to(self.device) if isinstance(weights, Tensor) else weights
             users = torch.repeat_interleave(torch.arange(len(self._bounds) - 1, device=self.device), self._counts())
             sums = [
-                self._sums(weights, users[start : start + PAIRS], self._items[start : start + PAIRS, None])
+                self._sums(weights, entries, users[start : start + PAIRS], self._items[start : start + PAIRS, None])
                 for start in range(0, len(users), PAIRS)
             ]
             parts = self._user_weights[users] * variance[self._items] * (1 - torch.cat(sums).squeeze(1))
-            leverage: Matrix = _sums_of_rows(parts.unsqueeze(1), self._bounds[:-1]).squeeze(1)
-            if not isinstance(weights, Tensor):
-                where = self.history.indices, self.history.indptr
-                leverage = scipy.sparse.csr_array((parts.cpu().numpy(), *where), shape=self.history.shape)
-            noise = self._noise(weights, variance, leverage)
-            self._solved = weights, variance, leverage, self.size / noise if noise > 0 else 0.0
+            leverage = _sums_of_rows(parts.unsqueeze(1), self._bounds[:-1]).squeeze(1)
+            solution = Solution(weights, entries, variance, parts, leverage)
+            noise = self._noise(solution)
+            self._solved = solution, self.size / noise if noise > 0 else 0.0
         return self._solved
 
-    def _noise(self, weights: Matrix, variance: Tensor, leverage: Matrix) -> float:
+    def _noise(self, solution: Solution) -> float:
         """Return the standard deviation of the leave-one-user-out scores over the items that users do not have.
 
         Of ``SAMPLE`` of the users who have any, evenly spaced. Item 0 is RecBole's padding.
         """
         users = np.flatnonzero(np.diff(self.history.indptr))
         users = users[np.unique(np.linspace(0, len(users) - 1, min(SAMPLE, len(users)), dtype=np.int64))]
+        near, structure = None, (self.history.indices, self.history.indptr)
+        if not isinstance(solution.weights, Tensor):
+            near = (solution.weights != 0).astype(np.float64) + scipy.sparse.eye_array(len(self.reg))
+            parts = scipy.sparse.csr_array((solution.parts.cpu().numpy(), *structure), shape=self.history.shape)
         sums = [torch.zeros(3, dtype=torch.float64, device=self.device)]
         for some in np.array_split(users, -(-len(users) // BLOCK)) if len(users) else []:
             history = self.history[some]
             lacking = torch.from_numpy(history.toarray() == 0).to(self.device)
             lacking[:, 0] = False
-            scores = history_scores(history, weights, self.device)
-            variances = variance * self._user_weights[some].unsqueeze(1)
-            if isinstance(leverage, Tensor):
-                of_users = leverage[some].unsqueeze(1)
-            else:
-                of_users = history_scores(leverage[some], self._by_column(weights)[1].T, self.device)
-            scores = _without_user(scores, variances, of_users, ~lacking).double() * lacking
+            scores = history_scores(history, solution.weights, self.device)
+            leverage = solution.leverage[some].unsqueeze(1)
+            if near is not None:
+                leverage = history_scores(parts[some], near, self.device)
+            variances = solution.variance * self._user_weights[some].unsqueeze(1)
+            scores = _without_user(scores, variances, leverage, ~lacking).double() * lacking
             sums.append(torch.stack([lacking.sum(), scores.sum(), scores.square().sum()]))
         count, total, squares = torch.stack(sums).sum(0).tolist()
         return max(squares / count - (total / count) ** 2, 0.0) ** 0.5 if count else 0.0
-
-    def _by_column(self, weights: scipy.sparse.csr_array) -> tuple[scipy.sparse.csr_array, scipy.sparse.csr_array]:
-        """Return the transposed weights, and ones where they are not zero and on the diagonal; made once."""
-        if self._columns is None:
-            columns = weights.T.tocsr()
-            near = ((columns != 0) + scipy.sparse.eye_array(len(self.reg), dtype=bool)).astype(np.float64).tocsr()
-            self._columns = columns, near
-        return self._columns
 
     def _counts(self) -> Tensor:
         return self._bounds[1:] - self._bounds[:-1]
 
     def _histories(self, users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the items of the users one after another ``[N]``, where each user begins ``[B]``, and whose."""
+        """Return where the users' items are, one user after another ``[N]``, each one's first ``[B]``, and whose."""
         counts = self._counts()[users]
         rows = torch.repeat_interleave(torch.arange(len(users), device=users.device), counts)
         starts = counts.cumsum(0) - counts
         places = (self._bounds[users] - starts)[rows] + torch.arange(len(rows), device=users.device)
-        return self._items[places], starts, rows
+        return places, starts, rows
 
-    def _sums(self, weights: Matrix, users: Tensor, items: Tensor) -> Tensor:
+    def _sums(self, weights: Matrix, entries: Entries | None, users: Tensor, items: Tensor) -> Tensor:
         """Return the sum of the weights of ``items [B, K]`` on the items of ``users [B]``, ``[B, K]``."""
-        if isinstance(weights, Tensor):
-            known, starts, rows = self._histories(users)
-            entries = weights[known.unsqueeze(1), items[rows]]
-            return _sums_of_rows(entries, starts)
-        return _inner_products(self.history, self._by_column(weights)[0], users, items)
+        places, starts, rows = self._histories(users)
+        found, _ = _look_up(weights, entries, self._items[places].unsqueeze(1), items[rows])
+        return _sums_of_rows(found, starts)
 
 
 def user_weights(history: scipy.sparse.csr_array, power: float) -> np.ndarray:
@@ -266,20 +297,11 @@ def _sums_of_rows(rows: Tensor, starts: Tensor) -> Tensor:
     return F.embedding_bag(torch.arange(len(rows), device=rows.device), rows, starts, mode="sum")
 
 
-def _inner_products(
-    rows: scipy.sparse.csr_array, columns: scipy.sparse.csr_array, users: Tensor, items: Tensor
-) -> Tensor:
-    """Return those of the rows of ``users [B]`` and the columns of ``items [B, K]``, ``[B, K]``.
-
-    Args:
-        rows: ``[n_users, n]``.
-        columns: transposed, ``[n_items, n]``.
-        users: whose rows.
-        items: of each user, whose columns.
-    """
-    own = rows[users.cpu().numpy()]
-    sums = [own.multiply(columns[column]).sum(axis=1) for column in items.T.cpu().numpy()]
-    return torch.from_numpy(np.stack(sums, axis=1).astype(np.float32)).to(users.device)
+def _look_up(weights: Matrix, entries: Entries | None, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the weights at some rows and columns and, where they are sparse, which of them there are."""
+    if entries is not None:
+        return entries.at(rows, columns)
+    return weights[rows, columns], None
 
 
 def _without_user(sums: Tensor, variance: Tensor, leverage: Tensor, known: Tensor) -> Tensor:
