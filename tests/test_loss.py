@@ -14,11 +14,11 @@ from recbole_slifmr.nn.loss import (
     collision_mask,
     contrast_nodes,
     cosine_distance,
-    hardest_negatives,
     info_nce,
     inter_modal_loss,
     intra_modal_loss,
     l2_loss,
+    softmax_loss,
 )
 
 
@@ -35,16 +35,19 @@ def test_nodes_are_contrasted_once_each_by_hand():
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2)))
 
 
-def test_the_hardest_negative_is_the_highest_scored_that_is_not_known():
-    users = torch.tensor([[1.0, 0.0], [0.0, 2.0]], requires_grad=True)
-    negatives = torch.tensor([[1.0, 5.0], [2.0, 1.0], [3.0, 0.0], [4.0, 2.0]])
-    candidates = torch.tensor([[0, 1, 2], [3, 2, 1]])  # scores: 1 2 3; 4 0 2
-    known = torch.zeros(2, 3, dtype=torch.bool)
-    assert hardest_negatives(users, negatives, candidates, known).tolist() == [[2], [0]]
-    known[0, 2] = known[1, 0] = True
-    assert hardest_negatives(users, negatives, candidates, known).tolist() == [[1], [2]]
-    added = torch.tensor([[1.5, 0.0, 9.0], [9.0, 2.5, 0.0]])  # scores: 2.5 2 -; - 2.5 2
-    assert hardest_negatives(users, negatives, candidates, known, added).tolist() == [[0], [1]]
+def test_softmax_by_hand():
+    pos, neg = torch.tensor([2.0, 0.0]), torch.tensor([[0.0, 1.0, 9.0], [0.0, 0.0, 0.0]])
+    known = torch.tensor([[False, False, True], [False, False, False]])
+    terms = [math.log(1 + math.exp(-2) + math.exp(-1)), math.log(4)]
+    assert softmax_loss(pos, neg, known).item() == pytest.approx(sum(terms) / 2)
+    assert softmax_loss(pos, neg, known, torch.tensor([3.0, 1.0])).item() == pytest.approx(
+        (3 * terms[0] + terms[1]) / 4
+    )
+
+
+def test_softmax_over_one_item_is_bpr():
+    pos, neg = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)) * 3
+    torch.testing.assert_close(softmax_loss(pos, neg[:, None], torch.zeros(50, 1, dtype=bool)), bpr_loss(pos, neg))
 
 
 def test_info_nce_by_hand():

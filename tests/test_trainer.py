@@ -62,7 +62,7 @@ def peak_at(run, best_epoch):
 def test_hooks_run_in_order_every_epoch_also_those_not_validated(tiny, build):
     run = build(tiny, epochs=2, eval_step=2, callbacks=["test_trainer:Recorder"])
     fit(run)
-    losses = ["bpr", "inter", "intra", "reg"]
+    losses = ["inter", "intra", "ranking", "reg"]
     first, second = [("begin", 0), ("epoch", 0, losses)], [("begin", 1), ("epoch", 1, losses), ("valid", 1, True)]
     assert Recorder.events == ["start", *first, *second, "end"]
 
@@ -148,7 +148,7 @@ def test_refresh_is_logged_and_written_to_tensorboard(tiny, build, caplog):
     with caplog.at_level("INFO"):
         fit(run)
     assert "epoch 0 refresh:" in caplog.text and "turnover 1.000" in caplog.text
-    for name in ("Refresh/edges", "Refresh/turnover", "Refresh/seconds", "Diagnostics/smoothing", "Loss/Train/bpr"):
+    for name in ("Refresh/edges", "Refresh/turnover", "Refresh/seconds", "Diagnostics/smoothing", "Loss/Train/ranking"):
         assert [(name, 0), (name, 1)] == [scalar for scalar in scalars if scalar[0] == name]
 
 

@@ -52,10 +52,9 @@ from recbole_slifmr.nn.loss import (
     INTER_LOSSES,
     INTRA_LOSSES,
     Losses,
-    bpr_loss,
-    hardest_negatives,
     inter_modal_loss,
     intra_modal_loss,
+    softmax_loss,
 )
 from recbole_slifmr.nn.parts import sum_over_parts
 from recbole_slifmr.nn.spectral import spectral_embeddings
@@ -236,8 +235,8 @@ class SLIFMR(FusedRecommender):
         z_pos, z_neg = items.pick(self.fuse(self.item_fusion, views.items, views.item_mask)).split([len(pos), len(neg)])
 
         trust = self.interaction_encoder.weights(user, pos)
-        bpr = bpr_loss(*self._pair_scores(user, pos, neg, z_user, z_pos, z_neg), trust)
-        inter = intra = torch.zeros_like(bpr)
+        ranking = softmax_loss(*self._sampled_scores(user, pos, neg, z_user, z_pos, z_neg), trust)
+        inter = intra = torch.zeros_like(ranking)
         settings = self.settings
         n_rows = contrast_rows(len(pos), settings.contrast_share)
         first, others = slice(n_rows), slice(len(pos), len(pos) + settings.n_negatives)
@@ -265,7 +264,7 @@ class SLIFMR(FusedRecommender):
                 settings.n_negatives,
             )
         inter, intra = settings.inter_weight * inter, settings.intra_weight * intra
-        return Losses(bpr, inter, intra, self.reg_weight * self.ego_norm(user, pos, neg))
+        return Losses(ranking, inter, intra, self.reg_weight * self.ego_norm(user, pos, neg))
 
     def _contrasted(self, views: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the views ``[B, V, d]`` that the intra-modal loss is on, and their mask ``[B, V]``."""
@@ -273,28 +272,24 @@ class SLIFMR(FusedRecommender):
             return views, mask
         return views.index_select(1, self.intra_views), mask.index_select(1, self.intra_views)
 
-    def _pair_scores(
+    def _sampled_scores(
         self, user: Tensor, pos: Tensor, neg: Tensor, z_user: Tensor, z_pos: Tensor, z_neg: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the scores of the positive and of the negative item of each row, ``[B]`` each.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what each row scores its positive item ``[B]`` and K sampled ones ``[B, K]``, and which it knows.
 
-        The negative is the one scored highest of ``n_candidates``: the row's own and those of the rows after it, which
-        were drawn just as uniformly.
+        The K are ``n_candidates``: the row's own negative and those of the rows after it, which were drawn just as
+        uniformly.
         """
         rows = torch.arange(len(neg), device=neg.device)
         candidates = (rows[:, None] + rows[: self.settings.n_candidates]) % len(rows)
-        linear = z_user.new_zeros(len(rows), 1 + candidates.shape[1])
+        sampled = neg[candidates]
+        known = self.interaction_encoder.contains(user[:, None].expand_as(sampled), sampled)
+        pos_score, neg_scores = (z_user * z_pos).sum(1), torch.einsum("bd,bkd->bk", z_user, z_neg[candidates])
         if self.linear is not None:
-            known = torch.arange(linear.shape[1], device=neg.device) == 0
-            linear = self.linear.leave_one_out(user, torch.cat([pos[:, None], neg[candidates]], dim=1), known)
-        chosen = rows
-        if candidates.shape[1] > 1:
-            known = self.interaction_encoder.contains(user[:, None].expand_as(candidates), neg[candidates])
-            place = hardest_negatives(z_user, z_neg, candidates, known, linear[:, 1:])
-            chosen = candidates.gather(1, place).squeeze(1)
-            linear = torch.cat([linear[:, :1], linear[:, 1:].gather(1, place)], dim=1)
-        z_neg = z_neg.index_select(0, chosen)
-        return (z_user * z_pos).sum(1) + linear[:, 0], (z_user * z_neg).sum(1) + linear[:, 1]
+            first = torch.arange(1 + candidates.shape[1], device=neg.device) == 0
+            linear = self.linear.leave_one_out(user, torch.cat([pos[:, None], sampled], dim=1), first)
+            pos_score, neg_scores = pos_score + linear[:, 0], neg_scores + linear[:, 1:]
+        return pos_score, neg_scores, known
 
     # -- graphs ---------------------------------------------------------------------------------------------------
 

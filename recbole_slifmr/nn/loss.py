@@ -3,7 +3,8 @@ r"""Loss functions, free of RecBole.
 Equations and sources:
 
 * BPR: :math:`-\log \sigma(s_{ui} - s_{uj})` (Rendle et al., UAI 2009);
-* dynamic negatives: j is the candidate of highest score (Zhang et al., SIGIR 2013);
+* sampled softmax: :math:`-\log \frac{e^{s_{ui}}}{e^{s_{ui}} + \sum_j e^{s_{uj}}}` (Wu et al., arXiv 2201.02327), which
+  is BPR with one j;
 * InfoNCE: :math:`-\log \frac{e^{\cos(q, k^+)/\tau}}{e^{\cos(q, k^+)/\tau} + \sum_j e^{\cos(q, k_j)/\tau}}`
   (van den Oord et al., arXiv 1807.03748);
 * alignment :math:`\|\bar q - \bar k\|^2` and uniformity :math:`\log E\, e^{-2 \|\bar x - \bar y\|^2}`
@@ -33,7 +34,7 @@ CACHED = 262_144  # logits at a time on the CPU: 1 MB, which stays in its cache
 class Losses(NamedTuple):
     """The weighted terms of a batch; their sum is minimised. Scalars."""
 
-    bpr: Tensor
+    ranking: Tensor
     inter: Tensor
     intra: Tensor
     reg: Tensor
@@ -51,24 +52,20 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return (values * mask).sum() / mask.to(values.dtype).sum().clamp(min=torch.finfo(values.dtype).tiny)
 
 
-def hardest_negatives(
-    users: Tensor, negatives: Tensor, candidates: Tensor, known: Tensor, added: Tensor | float = 0.0
-) -> Tensor:
-    """Return which candidate each user scores highest; no gradients.
+def softmax_loss(pos_score: Tensor, neg_scores: Tensor, known: Tensor, weight: Tensor | None = None) -> Tensor:
+    r"""Return the mean cross entropy of each positive item among itself and sampled ones; with one of these it is BPR.
+
+    .. math:: -\log \frac{e^{s_i}}{e^{s_i} + \sum_j e^{s_j}}
 
     Args:
-        users: ``[B, d]``.
-        negatives: ``[N, d]``.
-        candidates: rows of ``negatives``, ``[B, K]``.
-        known: ``[B, K]`` bool, what the user interacted with and so is no negative; not all of a row's candidates.
-        added: to the inner products, ``[B, K]``.
-
-    Returns:
-        one column of ``candidates`` for each user, ``[B, 1]``.
+        pos_score: :math:`s_i`, ``[B]``.
+        neg_scores: :math:`s_j`, ``[B, K]``.
+        known: what the user interacted with and so is no negative, ``[B, K]`` bool.
+        weight: of the rows, ``[B]``; all alike if None.
     """
-    with torch.no_grad():
-        scores = torch.einsum("bd,bkd->bk", users, negatives[candidates]) + added
-        return scores.masked_fill_(known, torch.finfo(scores.dtype).min).argmax(1, keepdim=True)
+    negative = neg_scores.masked_fill(known, torch.finfo(neg_scores.dtype).min)
+    scores = torch.cat([pos_score.unsqueeze(1), negative], dim=1)
+    return masked_mean(scores.logsumexp(1) - pos_score, weight)
 
 
 def collision_mask(ids: Tensor, negative_ids: Tensor) -> Tensor:
