@@ -8,7 +8,7 @@ graph and encoder (``nn/encoder.py``); attentive fusion makes one representation
 the k nearest neighbours among the fused items go back into all three graphs (:meth:`SLIFMR.refresh_graphs`). The loss:
 
 .. math::
-    L = \mathrm{BPR}_\tau(s) + w_{inter} L_{inter} + w_{intra} L_{intra} + \lambda \|E\|^2 .
+    L = L_{rank} + w_{inter} L_{inter} + w_{intra} L_{intra} + \lambda \|E\|^2 .
 
 A score is the inner product of the fused :math:`z` and what a linear model of the same data adds, which in training
 has not seen the user (``nn/linear_branch.py``):
@@ -17,7 +17,7 @@ has not seen the user (``nn/linear_branch.py``):
     s_{ui} = z_u^T z_i + w (x_u B)_i .
 
 The same linear model says how far an interaction is trusted, :math:`\tau_{ui}`: so much it counts in the graphs and in
-BPR.
+the ranking loss, a softmax over the positive and some sampled items.
 
 Where the paper leaves a choice open, ``docs/method.md`` says what was chosen and why.
 """
@@ -190,7 +190,7 @@ class SLIFMR(FusedRecommender):
         if settings.inter_weight or settings.intra_weight:
             n_rows = contrast_rows(batch_size, settings.contrast_share)
             parts["training step"] += 4 * n_rows * (2 * n_views + 1) * settings.n_negatives
-        parts["training step"] += 4 * batch_size * 30 * n_views * settings.embedding_size
+        parts["training step"] += 4 * batch_size * (30 * n_views + 2 * settings.n_candidates) * settings.embedding_size
         parts["refresh"] = 12 * 1024 * n_items
         return parts
 

@@ -4,9 +4,9 @@ Guo, Jiang, Guo, Song, Sun, "SLIF-MR: Self-loop Iterative Fusion of Heterogeneou
 Recommendation", arXiv 2507.09998.
 
 Left out are the linear branch, the knowledge graph as features, item graphs among the interactions, that of shared
-users included, hard negatives, the interaction view as a residual and the spectral start; the inter-modal loss is back,
-and the learning rate is .005, since training starts further away: see ``properties/model/SLIFMRPaper.yaml``. Other
-choices that the paper leaves open are those of SLIFMR.
+users included, several sampled items per interaction, the interaction view as a residual and the spectral start; the
+inter-modal loss is back, and the learning rate is .005, since training starts further away: see
+``properties/model/SLIFMRPaper.yaml``. Other choices that the paper leaves open are those of SLIFMR.
 """
 
 from __future__ import annotations
