@@ -69,7 +69,7 @@ def test_mlflow_has_settings_scores_by_epoch_test_scores_and_a_manifest(mlflow, 
             for name, value in content.items()}  # fmt: skip
     for epoch, _, score in result.curve:
         assert told["valid/recall_at_5", epoch] == score
-        assert told["train/bpr", epoch] > 0
+        assert told["train/ranking", epoch] > 0
     assert {name: value for (name, step), value in told.items() if name.startswith("test/")} == {
         f"test/{name.replace('@', '_at_')}": value for name, value in result.test.items()
     }

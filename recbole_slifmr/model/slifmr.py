@@ -284,7 +284,8 @@ class SLIFMR(FusedRecommender):
         candidates = (rows[:, None] + rows[: self.settings.n_candidates]) % len(rows)
         sampled = neg[candidates]
         known = self.interaction_encoder.contains(user[:, None].expand_as(sampled), sampled)
-        pos_score, neg_scores = (z_user * z_pos).sum(1), torch.einsum("bd,bkd->bk", z_user, z_neg[candidates])
+        compared = z_neg.index_select(0, candidates.flatten()).view(*candidates.shape, -1)  # gradients in a fixed order
+        pos_score, neg_scores = (z_user * z_pos).sum(1), (z_user.unsqueeze(1) * compared).sum(2)
         if self.linear is not None:
             first = torch.arange(1 + candidates.shape[1], device=neg.device) == 0
             linear = self.linear.leave_one_out(user, torch.cat([pos[:, None], sampled], dim=1), first)

@@ -73,15 +73,16 @@ class Entries:
 
     def __init__(self, matrix: scipy.sparse.csr_array, device: torch.device | str) -> None:
         places = np.ravel_multi_index(matrix.nonzero(), matrix.shape)
-        order = np.argsort(places)
-        self._places = torch.from_numpy(places[order]).to(device)
-        self._values = torch.from_numpy(matrix.data[matrix.data != 0][order].astype(np.float32)).to(device)
+        order, values = np.argsort(places), matrix.data[matrix.data != 0]
+        last = np.iinfo(np.int64).max  # where everything that is not found is
+        self._places = torch.from_numpy(np.append(places[order], last)).to(device)
+        self._values = torch.from_numpy(np.append(values[order], 0.0).astype(np.float32)).to(device)
         self._width = matrix.shape[1]
 
     def at(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return the entries at some rows and columns, which broadcast, and which of them are not zero."""
         wanted = rows * self._width + columns
-        found = torch.searchsorted(self._places, wanted).clamp(max=len(self._places) - 1)
+        found = torch.searchsorted(self._places, wanted)
         there = self._places[found] == wanted
         return self._values[found] * there, there
 
