@@ -50,41 +50,17 @@ class Solution(NamedTuple):
 
     Attributes:
         weights: B, ``[n_items, n_items]``.
-        entries: of B where it is sparse.
         variance: the diagonal of P, ``[n_items]``.
         parts: what each training interaction adds to v h of its user, ``[E]``, in the order of the history.
         leverage: v h of each user, ``[n_users]``.
+        scale: what ``x B`` is multiplied by.
     """
 
     weights: Matrix
-    entries: Entries | None
     variance: Tensor
     parts: Tensor
     leverage: Tensor
-
-
-class Entries:
-    """The entries of a sparse matrix, to be looked up by row and column.
-
-    Args:
-        matrix: ``[n, m]``.
-        device: of the entries.
-    """
-
-    def __init__(self, matrix: scipy.sparse.csr_array, device: torch.device | str) -> None:
-        places = np.ravel_multi_index(matrix.nonzero(), matrix.shape)
-        order, values = np.argsort(places), matrix.data[matrix.data != 0]
-        last = np.iinfo(np.int64).max  # where everything that is not found is
-        self._places = torch.from_numpy(np.append(places[order], last)).to(device)
-        self._values = torch.from_numpy(np.append(values[order], 0.0).astype(np.float32)).to(device)
-        self._width = matrix.shape[1]
-
-    def at(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the entries at some rows and columns, which broadcast, and which of them are not zero."""
-        wanted = rows * self._width + columns
-        found = torch.searchsorted(self._places, wanted)
-        there = self._places[found] == wanted
-        return self._values[found] * there, there
+    scale: float = 1.0
 
 
 class LinearBranch:
@@ -122,17 +98,17 @@ class LinearBranch:
         self.reg = reg + popularity_reg * torch.from_numpy(history.sum(axis=0).astype(np.float64))
         self._items = torch.from_numpy(history.indices.astype(np.int64)).to(device)
         self._bounds = torch.from_numpy(history.indptr.astype(np.int64)).to(device)
-        self._solved: tuple[Solution, float] | None = None
+        self._solved: Solution | None = None
 
     @property
     def weights(self) -> Matrix:
         """B, ``[n_items, n_items]``: column j holds what item j's score takes of each item of a user."""
-        return self._solution()[0].weights
+        return self._solution().weights
 
     @property
     def scale(self) -> float:
         """What ``x B`` is multiplied by."""
-        return self._solution()[1]
+        return self._solution().scale
 
     def scores(self, users: Tensor) -> Tensor:
         """Return the scores of all items for ``users [B]``, ``[B, n_items]``."""
@@ -160,8 +136,7 @@ class LinearBranch:
 
     def pair_scores(self, users: Tensor, items: Tensor) -> Tensor:
         """Return the scores of ``items [B, K]`` for ``users [B]``, ``[B, K]``."""
-        solution, scale = self._solution()
-        return self._sums(solution.weights, solution.entries, users, items) * scale
+        return self._sums(self.weights, users, items) * self.scale
 
     def leave_one_out(self, users: Tensor, items: Tensor, known: Tensor) -> Tensor:
         """Return the scores that items would have if B had been solved for without the user, ``[B, K]``.
@@ -171,17 +146,17 @@ class LinearBranch:
             items: ``[B, K]``.
             known: which of the items are among the user's interactions, ``[B, K]`` or what broadcasts to it, bool.
         """
-        solution, scale = self._solution()
+        solution = self._solution()
         places, starts, rows = self._histories(users)
         known_items, wanted = self._items[places].unsqueeze(1), items[rows]
-        weights, there = _look_up(solution.weights, solution.entries, known_items, wanted)
-        if there is None:
+        weights = _look_up(solution.weights, known_items, wanted)
+        if isinstance(solution.weights, Tensor):
             leverage = solution.leverage[users].unsqueeze(1)
         else:
-            parts = solution.parts[places].unsqueeze(1) * (there | (known_items == wanted))
+            parts = solution.parts[places].unsqueeze(1) * ((weights != 0) | (known_items == wanted))
             leverage = _sums_of_rows(parts, starts)
         variance = solution.variance[items] * self._user_weights[users].unsqueeze(1)
-        return scale * _without_user(_sums_of_rows(weights, starts), variance, leverage, known)
+        return solution.scale * _without_user(_sums_of_rows(weights, starts), variance, leverage, known)
 
     def trust(self, users: Tensor, items: Tensor, strength: float = 1.0) -> Tensor:
         """Return how far each training interaction is trusted, see :func:`trust`, ``[E]``.
@@ -201,23 +176,21 @@ class LinearBranch:
     def _sources(self) -> list[Source]:
         return [Source(weighted_interactions(self.history, self._shares)), *self.content()]
 
-    def _solution(self) -> tuple[Solution, float]:
-        """Return the solution and what ``x B`` is multiplied by."""
+    def _solution(self) -> Solution:
         if self._solved is None:
             weights, diagonal = self.solver.solve_with_diagonal(self._sources(), self.reg)
             variance = diagonal.float().to(self.device)
-            entries = None if isinstance(weights, Tensor) else Entries(weights, self.device)
             weights = weights.float().to(self.device) if isinstance(weights, Tensor) else weights
             users = torch.repeat_interleave(torch.arange(len(self._bounds) - 1, device=self.device), self._counts())
             sums = [
-                self._sums(weights, entries, users[start : start + PAIRS], self._items[start : start + PAIRS, None])
+                self._sums(weights, users[start : start + PAIRS], self._items[start : start + PAIRS, None])
                 for start in range(0, len(users), PAIRS)
             ]
             parts = self._user_weights[users] * variance[self._items] * (1 - torch.cat(sums).squeeze(1))
             leverage = _sums_of_rows(parts.unsqueeze(1), self._bounds[:-1]).squeeze(1)
-            solution = Solution(weights, entries, variance, parts, leverage)
+            solution = Solution(weights, variance, parts, leverage)
             noise = self._noise(solution)
-            self._solved = solution, self.size / noise if noise > 0 else 0.0
+            self._solved = solution._replace(scale=self.size / noise if noise > 0 else 0.0)
         return self._solved
 
     def _noise(self, solution: Solution) -> float:
@@ -227,10 +200,11 @@ class LinearBranch:
         """
         users = np.flatnonzero(np.diff(self.history.indptr))
         users = users[np.unique(np.linspace(0, len(users) - 1, min(SAMPLE, len(users)), dtype=np.int64))]
-        near, structure = None, (self.history.indices, self.history.indptr)
+        near: scipy.sparse.csr_array | None = None
+        parts = self.history.astype(np.float64)
         if not isinstance(solution.weights, Tensor):
             near = (solution.weights != 0).astype(np.float64) + scipy.sparse.eye_array(len(self.reg))
-            parts = scipy.sparse.csr_array((solution.parts.cpu().numpy(), *structure), shape=self.history.shape)
+            parts.data[:] = solution.parts.cpu().numpy()
         sums = [torch.zeros(3, dtype=torch.float64, device=self.device)]
         for some in np.array_split(users, -(-len(users) // BLOCK)) if len(users) else []:
             history = self.history[some]
@@ -257,11 +231,10 @@ class LinearBranch:
         places = (self._bounds[users] - starts)[rows] + torch.arange(len(rows), device=users.device)
         return places, starts, rows
 
-    def _sums(self, weights: Matrix, entries: Entries | None, users: Tensor, items: Tensor) -> Tensor:
+    def _sums(self, weights: Matrix, users: Tensor, items: Tensor) -> Tensor:
         """Return the sum of the weights of ``items [B, K]`` on the items of ``users [B]``, ``[B, K]``."""
         places, starts, rows = self._histories(users)
-        found, _ = _look_up(weights, entries, self._items[places].unsqueeze(1), items[rows])
-        return _sums_of_rows(found, starts)
+        return _sums_of_rows(_look_up(weights, self._items[places].unsqueeze(1), items[rows]), starts)
 
 
 def user_weights(history: scipy.sparse.csr_array, power: float) -> np.ndarray:
@@ -298,11 +271,13 @@ def _sums_of_rows(rows: Tensor, starts: Tensor) -> Tensor:
     return F.embedding_bag(torch.arange(len(rows), device=rows.device), rows, starts, mode="sum")
 
 
-def _look_up(weights: Matrix, entries: Entries | None, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the weights at some rows and columns and, where they are sparse, which of them there are."""
-    if entries is not None:
-        return entries.at(rows, columns)
-    return weights[rows, columns], None
+def _look_up(weights: Matrix, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the weights at rows ``[N, 1]`` and columns ``[N, K]``, ``[N, K]``."""
+    if isinstance(weights, Tensor):
+        return weights[rows, columns]
+    places = (index.cpu().numpy().ravel() for index in torch.broadcast_tensors(rows, columns))
+    found = weights[tuple(places)].astype(np.float32)
+    return torch.from_numpy(found).view(columns.shape).to(columns.device)
 
 
 def _without_user(sums: Tensor, variance: Tensor, leverage: Tensor, known: Tensor) -> Tensor:
