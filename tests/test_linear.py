@@ -27,7 +27,6 @@ from recbole_slifmr.nn.linear import (
     top_weights,
 )
 from recbole_slifmr.nn.linear_branch import LinearBranch
-from recbole_slifmr.nn.tags import tag_factor, tag_vectors
 from recbole_slifmr.search.space import grid, parse_space
 from recbole_slifmr.training.checkpoint import read_checkpoint
 from recbole_slifmr.training.experiment import run
@@ -72,47 +71,6 @@ def test_features_are_centred_over_the_items_that_have_them():
     values = torch.tensor([[0.0, 0.0], [3.0, 1.0], [1.0, 1.0], [9.0, 9.0]])
     factor = feature_factor(values, torch.tensor([False, True, True, False]))
     assert factor.tolist() == [[0, 0], [1, 0], [-1, 0], [0, 0]]
-
-
-# Items 1 to 4, entities 5 to 8. Of relation 1: items 1, 2 and 3 to 5, item 4 alone to 6. Of relation 2: entity 7 to
-# items 1 and 2, entities 5 and 6 to 8.
-TRIPLES = np.array([(1, 1, 5), (2, 1, 5), (3, 1, 5), (4, 1, 6), (7, 2, 1), (7, 2, 2), (5, 2, 8), (6, 2, 8), (3, 1, 5)])
-
-
-def test_tags_are_scaled_by_how_few_items_have_them():
-    tags = tag_factor(TRIPLES, 5).toarray()
-    three, two = np.sqrt(np.log(1 + 4 / 3)), np.sqrt(np.log(1 + 4 / 2))
-    assert tags.shape == (5, 2), "the tag of item 4 alone is left out"
-    np.testing.assert_allclose(tags, [[0, 0], [three, two], [three, two], [three, 0], [0, 0]])
-
-
-def test_direction_and_relation_tell_tags_apart():
-    same = tag_factor(np.array([(1, 1, 3), (2, 1, 3)]), 3)
-    assert same.shape == (3, 1)
-    for other in ((3, 1, 2), (2, 2, 3)):
-        assert tag_factor(np.array([(1, 1, 3), other]), 3).shape == (3, 0)
-
-
-def test_the_ends_of_a_link_between_items_have_tags_in_common():
-    cites = np.array([(1, 0, 2), (3, 0, 4), (5, 0, 4), (6, 0, 7), (7, 1, 6), (7, 1, 8)])
-    tags = tag_factor(cites, 10).toarray()
-    assert tags.shape == (10, 10), "to 2, 4 and 7 by relation 0 and from 1, 3, 5 and 6; to 6 and 8 by 1 and from 7"
-    alike = (tags @ tags.T > 0) & ~np.eye(10, dtype=bool)
-    expected = [[1, 2], [3, 4], [3, 5], [4, 5], [6, 7], [6, 8], [7, 8]]
-    assert np.argwhere(np.triu(alike)).tolist() == expected
-    two, three = np.sqrt(np.log(1 + 9 / np.array([2, 3])))
-    np.testing.assert_allclose(sorted(tags[4][tags[4] > 0]), [three, two, two])
-    np.testing.assert_array_equal(tags, tag_factor(np.concatenate([cites, cites, [(9, 0, 9)]]), 10).toarray())
-
-
-def test_two_hops_reach_the_tags_of_the_neighbours():
-    tags = tag_factor(TRIPLES, 5, n_hops=2).toarray()
-    assert tags.shape == (5, 3)
-    np.testing.assert_allclose(tags[1:, 2], np.sqrt(np.log(1 + 4 / 4)))  # all four items lead to 8 by 1, then 2
-
-
-def test_without_triples_there_are_no_tags():
-    assert tag_factor(np.zeros((0, 3), dtype=np.int64), 4).shape == (4, 0)
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------
@@ -226,30 +184,6 @@ def test_with_some_weights_only_leave_one_out_scores_are_nearly_those_of_the_sam
     for chosen in (x > 0, x == 0):
         seen = np.abs(x @ weights - expected)[chosen].mean()
         assert np.abs(scores - expected)[chosen].mean() < 0.15 * seen
-
-
-def test_tag_vectors_keep_the_inner_products_of_the_tags():
-    rng = np.random.default_rng(0)
-    triples = np.stack([rng.integers(1, 40, 200), rng.integers(0, 3, 200), rng.integers(40, 70, 200)], axis=1)
-    tags = tag_factor(triples, 40).toarray()
-    unit_tags = tags / np.maximum(np.linalg.norm(tags, axis=1, keepdims=True), 1e-12)
-    assert tags.shape[1] > 39
-    for size, tolerance in ((39, 1e-5), (1000, 1e-5)):
-        vectors = tag_vectors(triples, 40, size).numpy()
-        np.testing.assert_allclose(vectors @ vectors.T, unit_tags @ unit_tags.T, atol=tolerance)
-        assert not vectors[0].any()
-    few = tag_vectors(triples, 40, 5).numpy()
-    values = np.linalg.svd(unit_tags, compute_uv=False)
-    assert few.shape == (40, 5)
-    np.testing.assert_allclose(np.linalg.svd(few, compute_uv=False), values[:5], rtol=1e-5)
-
-
-def test_tags_take_memory_by_triples_and_not_by_relations_times_entities():
-    triples = np.array([[1, 0, 100_000], [2, 0, 100_000], [1, 30_000, 2], [3, 7, 4]])
-    for n_hops in (1, 2):
-        tags = tag_factor(triples, 5, n_hops).toarray()
-        assert tags.shape == (5, 5) and (tags[1] > 0).sum() == 3 and (tags[3] > 0).sum() == 2
-        np.testing.assert_array_equal(tags[[1, 3]], tags[[2, 4]])
 
 
 def test_a_matrix_that_cannot_be_inverted_is_named(sources):
