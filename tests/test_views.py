@@ -126,12 +126,18 @@ def smore(run):
     }
     graphs["fused"], spectra["fused"] = torch.stack(list(graphs.values())).amax(0), spectra["text"] * spectra["image"]
     interaction_view = sum(layers(run)) / 3
-    content = 0.0
+    views = {}
     for name, spectrum in spectra.items():
         real, imaginary = model.filters[name].weight.unbind(1)
         view = graphs[name] @ gate(model.views[name], model, back(spectrum * torch.complex(real, imaginary)))
-        prefer = torch.sigmoid(model.preferences[name](interaction_view))
-        content = content + torch.cat([adjacency @ view, view]) * prefer
+        views[name] = torch.cat([adjacency @ view, view])
+    content = 0.0
+    for name, view in views.items():
+        if name != "fused":
+            hidden, _, query = model.attentions[name]
+            score = torch.tanh(F.linear(views["fused"], hidden.weight, hidden.bias)) @ query.weight.T
+            view = view * score.exp() / score.exp().sum(1, keepdim=True)
+        content = content + view * torch.sigmoid(model.preferences[name](interaction_view))
     return interaction_view + content / 3, [(content / 3, interaction_view)]
 
 

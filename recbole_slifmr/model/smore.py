@@ -12,15 +12,16 @@ view by the normalised interactions:
     t^m = F(W_m x^m + b_m), \quad x'^m = F^{-1}(k_m \odot t^m), \quad
     x'^f = F^{-1}\Big(k_f \odot \prod_m t^m\Big), \\
     v^r = \hat S^r \left(e \odot \sigma(G_r x'^r + c_r)\right), \quad
-    h = \frac{1}{M + 1} \sum_{r \in \{1 \dots M, f\}} v^r \odot \sigma(P_r z + p_r), \\
+    a^m = \mathrm{softmax}(Q_m \tanh(A_m v^f + b'_m)), \quad
+    h = \frac{1}{M + 1} \Big(v^f \odot \sigma(P_f z + p_f) + \sum_m a^m \odot v^m \odot \sigma(P_m z + p_m)\Big), \\
     L = \mathrm{BPR}(z + h) + w \sum_{\mathrm{users, items}} \mathrm{InfoNCE}(h, z) + \lambda \|e\|^2 .
 
-The contrast runs over the distinct users and the distinct positive items of a batch, each kind among its own.
+The softmax is over the dimensions: the fused view says how much of a modality each of them takes. The contrast runs
+over the distinct users and the distinct positive items of a batch, each kind among its own.
 
-Deviations: the attention by which the fused view weighs the others before the mean is left out; item graphs are
-undirected, unweighted and without i->i edge; features are in rows of unit length and stay fixed; there is one layer
-over an item graph. A modality that an item lacks is no factor of the product. The ID embedding of a cold item counts as
-zero: its neighbours alone say what it is.
+Deviations: item graphs are undirected, unweighted and without i->i edge; features are in rows of unit length and stay
+fixed; there is one layer over an item graph. A modality that an item lacks is no factor of the product. The ID
+embedding of a cold item counts as zero: its neighbours alone say what it is.
 """
 
 from __future__ import annotations
@@ -74,6 +75,12 @@ class SMORE(ViewRecommender):
         self.preferences: Mapping[str, nn.Linear] = nn.ModuleDict(  # type: ignore[assignment]
             {name: nn.Linear(size, size) for name in self.views}
         )
+        self.attentions: Mapping[str, nn.Sequential] = nn.ModuleDict(  # type: ignore[assignment]
+            {
+                name: nn.Sequential(nn.Linear(size, size), nn.Tanh(), nn.Linear(size, size, bias=False))
+                for name in self.projections
+            }
+        )
         self.reset_parameters()
 
     def view_graphs(self, features: Mapping[str, ItemFeatures]) -> dict[str, Edges]:
@@ -99,6 +106,9 @@ class SMORE(ViewRecommender):
 
     def fuse(self, interactions: Tensor, views: list[Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Return the final embeddings of some nodes, and their content to be contrasted with the interaction view."""
-        wanted = [torch.sigmoid(prefer(interactions)) for prefer in self.preferences.values()]
-        content = torch.stack([view * share for view, share in zip(views, wanted, strict=True)]).mean(0)
+        named = dict(zip(self.views, views, strict=True))
+        attended = {name: torch.softmax(attention(named[FUSED]), dim=1) for name, attention in self.attentions.items()}
+        wanted = {name: torch.sigmoid(prefer(interactions)) for name, prefer in self.preferences.items()}
+        parts = [view * wanted[name] * attended.get(name, 1.0) for name, view in named.items()]
+        content = torch.stack(parts).mean(0)
         return interactions + content, [(content, interactions)]
