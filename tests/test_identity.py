@@ -10,6 +10,7 @@ import pytest
 from conftest import write_table, write_tiny
 from finished import SETTINGS, finish, plan_of
 
+from recbole_slifmr import paths
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.study import identity, runs
 from recbole_slifmr.study.benchmark import Variant, make_tasks
@@ -81,6 +82,19 @@ def test_a_callback_of_the_user_s_is_part_of_the_run(folder, monkeypatch):
     before = task.key()
     (folder / "my_callback.py").write_text("one = 2\n")
     assert task.key() != before
+
+
+def test_features_that_are_made_on_first_use_keep_their_name(folder, monkeypatch):
+    """Those of ml-100k are: the process that made them and one that starts after it are to agree."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(paths, "ROOT", folder)
+    settings = {"data_path": str(folder), "feature_path": "made", "modalities": {"text": "text.npy"}}
+    before = identity.input_hashes("SLIFMR", "tiny", [], settings)
+    (folder / "made").mkdir()
+    shutil.copy(folder / "tiny" / "text.npy", folder / "made")
+    after = identity.input_hashes("SLIFMR", "tiny", [], settings)
+    monkeypatch.setattr(identity, "_sources", {})  # as in a process that starts now
+    assert identity.input_hashes("SLIFMR", "tiny", [], settings) == after != before
 
 
 def test_files_are_hashed_once(folder, monkeypatch):

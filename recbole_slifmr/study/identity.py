@@ -59,7 +59,7 @@ def input_hashes(
     defaults = ("overall.yaml", f"model/{model}.yaml", f"dataset/{dataset}.yaml")
     files = {f"properties/{name}": PROPERTIES / name for name in defaults}
     files |= {path.name: path for path in source.data_files()}
-    files |= {str(path): path for path in source.named}
+    files |= {str(path.resolve()): path for path in source.named}
     return {"code": code_hash(), **{name: file_hash(path) for name, path in files.items() if path.is_file()}}
 
 
@@ -93,7 +93,7 @@ def _find_sources(config: Config) -> _Sources:
     if features is not None and isinstance(config["modalities"], Mapping):
         for entry in config["modalities"].values():
             names = entry.values() if isinstance(entry, Mapping) else [entry]
-            named += [features / name for name in names if isinstance(name, str) and (features / name).is_file()]
+            named += [features / name for name in names if isinstance(name, str)]  # one may be made later
     return _Sources(Path(config["data_path"]), config["dataset"], "kg" in inputs, features, tuple(dict.fromkeys(named)))
 
 
