@@ -19,9 +19,10 @@ view by the normalised interactions:
 The softmax is over the dimensions: the fused view says how much of a modality each of them takes. The contrast runs
 over the distinct users and the distinct positive items of a batch, each kind among its own.
 
-Deviations: item graphs are undirected, unweighted and without i->i edge; features are in rows of unit length and stay
-fixed; there is one layer over an item graph. A modality that an item lacks is no factor of the product. The ID
-embedding of a cold item counts as zero: its neighbours alone say what it is.
+Choices and deviations: that the softmax is over the dimensions, and not over the modalities, was chosen on validation;
+item graphs are undirected, unweighted and without i->i edge; features are in rows of unit length and stay fixed; there
+is one layer over an item graph. A modality that an item lacks is no factor of the product. The ID embedding of a cold
+item counts as zero: its neighbours alone say what it is.
 """
 
 from __future__ import annotations
