@@ -270,6 +270,19 @@ def test_ray_gives_what_the_serial_runs_give(folder, monkeypatch):
 
 
 @pytest.mark.slow
+def test_ray_says_which_process_it_has_lost(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (whole,), (deadly,) = (
+        plan_of(folder, models=["SLIFMR"], out=folder / name, settings={"callbacks": callbacks}).tasks
+        for name, callbacks in (("whole", []), ("deadly", ["probe:Deadly"]))
+    )
+    deadly = replace(deadly, seed=whole.seed + 1)
+    states = runs.run_all([whole, deadly], jobs=2)
+    assert states[whole.name] == "done"
+    assert states[deadly.name].startswith("Ray lost its process: ") and "\n" not in states[deadly.name]
+
+
+@pytest.mark.slow
 def test_a_failing_model_does_not_lose_the_others(folder, monkeypatch):
     monkeypatch.chdir(folder)
     plan = plan_of(folder, models=("BPR", "SLIFMR"))

@@ -426,7 +426,8 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_
 cluster.add_node(num_cpus=1)
 search = plan_of(sys.argv[2], Path(sys.argv[3]), trials=4, seeds=2, scheduler="none", settings={"epochs": 2})
 outcome = run_search(search, address=cluster.address)
-print(json.dumps([sorted(set(outcome.trials["node"])), list(outcome.trials["status"]), len(outcome.runs)]))
+found = [sorted(set(outcome.trials["node"])), list(outcome.trials["status"]), len(outcome.runs), outcome.failures]
+print(json.dumps(found))
 cluster.shutdown()
 """
 
@@ -436,7 +437,8 @@ def test_a_search_runs_on_both_nodes_of_a_cluster(data, tmp_path):
     command = [sys.executable, "-c", CLUSTER, str(ROOT), str(data), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
-    nodes, statuses, n_runs = json.loads(done.stdout.splitlines()[-1])
+    nodes, statuses, n_runs, failures = json.loads(done.stdout.splitlines()[-1])
+    assert not failures, failures
     assert len(nodes) == 2 and statuses == ["finished"] * 4 and n_runs == 2
 
 

@@ -361,9 +361,14 @@ def _run_with_ray(tasks: Sequence[Task], jobs: int, address: str | None, data: D
             ready, _ = ray.wait(list(running), timeout=0.5)
             for reference in ready:
                 task = running.pop(reference)
-                with contextlib.suppress(ray.exceptions.RayError):  # the folder says what happened
+                lost = ""
+                try:
                     ray.get(reference)
-                yield task.name, _outcome(task)
+                except ray.exceptions.RayTaskError:
+                    pass  # the folder says what happened
+                except ray.exceptions.RayError as error:  # the run could not say it itself
+                    lost = f"Ray lost its process: {one_line(error)}"
+                yield task.name, "done" if read_result(task) else lost or _outcome(task)
             for task in running.values():
                 yield task.name, "running" if read_progress(task) else "waiting"
 
