@@ -54,6 +54,10 @@ def test_the_ranges_in_the_yaml_are_those_that_a_search_tries(model_name):
     lines = read_yaml(model_name)
     declared = get_type_hints(get_model(model_name).settings_class, include_extras=True)
     space = read_space(PROPERTIES / "tune" / f"{model_name}.yaml")
+    negatives = space.pop("train_neg_sample_args", None)  # RecBole's setting, not the model's
+    if negatives:
+        shipped = make_config(model_name, "shop-demo")["train_neg_sample_args"]
+        assert all(set(choice) == set(shipped) for choice in negatives.ends)
     for name, domain in space.items():
         for end in domain.ends:
             check(name, end, declared[name])
