@@ -350,7 +350,7 @@ def test_a_killed_search_goes_on_and_gives_what_it_would_have_given(session, dat
         if checkpoints := sorted(trial.glob("checkpoint_*")):
             for number in range(90, 95):
                 shutil.copytree(checkpoints[-1], trial / f"checkpoint_{number:06}")
-    subprocess.run([*command, "resume"], check=True, capture_output=True, timeout=120)
+    subprocess.run([*command, "resume"], check=True, capture_output=True, timeout=600)
     for file, lines in finished.items():
         assert file.read_text().splitlines() == lines, "not run again"
     columns = ["learning_rate", "n_layers", "score", "best_epoch", "epochs", "status"]
