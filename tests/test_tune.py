@@ -211,8 +211,11 @@ def test_a_grid_over_what_the_data_depend_on(session, data, tmp_path):
 
 def test_closed_forms_are_tried_once_each(session, data, tmp_path):
     space = {"reg_weight": {"choice": [1.0, 1e6]}}
-    plan = plan_of(data, tmp_path / "out", "EASE", space, search="grid", scheduler="asha", settings={"eval_step": 3})
-    outcome = run_search(plan)
+    settings = {"eval_step": 3}
+    plan = plan_of(data, tmp_path / "out", "EASE", space, search="grid", scheduler="asha", trials=9, settings=settings)
+    told = []
+    outcome = run_search(plan, on_tick=told.append)
+    assert {progress.total for progress in told} == {2} and "\n# trials: 2\n" in outcome.best_file.read_text()
     assert list(outcome.trials["status"]) == ["finished"] * 2 and list(outcome.trials["epochs"]) == [1, 1]
     assert yaml.safe_load(outcome.best_file.read_text())["reg_weight"] == outcome.trials["reg_weight"][0]
     assert len(pd.read_parquet(plan.out / "history.parquet")) == 2

@@ -136,14 +136,15 @@ def _status(error: str | None, last: Mapping[str, Any]) -> str:
     return "not run" if not last else "finished" if last["finished"] else "stopped"
 
 
-def write_best(search: Search, winner: pd.Series, device: Mapping[str, Any]) -> tuple[Path, Point]:
+def write_best(search: Search, ranked: pd.DataFrame, device: Mapping[str, Any]) -> tuple[Path, Point]:
     """Write the winner's settings as a file for ``--config_files`` and the benchmark's ``--params``; return both.
 
     Args:
         search: what was tried.
-        winner: the row of the best trial.
+        ranked: the rows of the trials that have a score, best first.
         device: settings that say where it ran, which its last digits depend on.
     """
+    winner = ranked.iloc[0]
     point = next(
         entry["used"] for entry in read_reports(search, winner["trial"]) if entry["epoch"] == winner["best_epoch"]
     )
@@ -161,7 +162,7 @@ def write_best(search: Search, winner: pd.Series, device: Mapping[str, Any]) -> 
     metric = tables.metric_title(config["valid_metric"].lower())
     lines = [
         f"# slifmr tune: {search.model} on {search.dataset}, search {search.search}, scheduler {search.scheduler}",
-        f"# trials: {search.trials}",
+        f"# trials: {len(ranked)}",
         f"# validation {metric}: {winner['score']} at epoch {winner['best_epoch']}, trial {winner['trial']}",
     ]
     if winner["status"] == "stopped":

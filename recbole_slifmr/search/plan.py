@@ -91,7 +91,9 @@ class Search:
         return self.config()["threads"]
 
     def draw(self) -> list[Point]:
-        """Return the points of a random search: first the settings that the model has without one."""
+        """Return the points of the grid, or of a random search: first the settings that the model has without one."""
+        if self.search == "grid":
+            return grid(self.space)
         config = self.config()
         first = start(self.space, {name: config[name] for name in self.space})
         return draw(self.space, self.trials, self.seed, first)

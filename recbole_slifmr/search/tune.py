@@ -34,7 +34,7 @@ from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.search import outcome
 from recbole_slifmr.search.outcome import Ended, Outcome
 from recbole_slifmr.search.plan import DATA, Search, make_search
-from recbole_slifmr.search.space import Space, grid, perturb, suggest
+from recbole_slifmr.search.space import Space, perturb, suggest
 from recbole_slifmr.search.trial import TrialData, load_trial_data, run_trial
 from recbole_slifmr.study.runs import Task, collect, gpu_share, ray_session, run_all
 from recbole_slifmr.study.store import DataStore
@@ -121,7 +121,7 @@ def run_search(
             return Outcome(search.metric, trials, None, {}, None, pd.DataFrame(), {})
         threads = _threads(search, share)
         device = {"threads": threads, **({"gpu_id": ""} if torch.cuda.is_available() and not share["gpu"] else {})}
-        best, point = outcome.write_best(search, ranked.iloc[0], device)
+        best, point = outcome.write_best(search, ranked, device)
         runs, failures = _score(search, best, threads, address)
         importance = outcome.plot(search, ranked, history)
     return Outcome(search.metric, trials, best, point, importance, runs, failures)
@@ -195,8 +195,9 @@ def _fit(
         }
     )
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures stand in trials.csv
-    points = grid(search.space) if search.search == "grid" else search.draw()
+    points = search.draw()
     listed = search.search != "optuna"
+    _Watch.total = len(points) if listed else search.trials
     param_space = {"point": ray_tune.grid_search(points)} if listed else {}
     going_on = resume and _restore_state(search)
     done = outcome.last_reports(search)
@@ -380,6 +381,7 @@ class _Watch(ray_tune.Callback):
     """
 
     search: ClassVar[Search]
+    total: ClassVar[int]
     saved: ClassVar[float]
     on_tick: ClassVar[Callable[[Progress], None]]
     last: ClassVar[float] = 0.0
@@ -444,7 +446,7 @@ class _Watch(ray_tune.Callback):
         best = max((sign * result["best_score"] for result in scored), default=None)
         _Watch.on_tick(
             Progress(
-                total=self.search.trials,
+                total=self.total,
                 running=running,
                 finished=finished,
                 stopped=len(ended) - finished,
