@@ -237,7 +237,7 @@ def test_early_stopping_compares_at_epochs_that_are_validated(data, tmp_path):
 
 def test_one_seed_gives_the_same_points(data, tmp_path):
     plan = plan_of(data, tmp_path / "out", search="optuna")
-    assert plan.draw() == plan.draw()
+    assert plan.points() == plan.points()
     searchers = [tuning._optuna(plan, "score", "max") for _ in range(2)]
     first, second = ([searcher.suggest(str(number)) for number in range(3)] for searcher in searchers)
     assert first == second and len({repr(point) for point in first}) == 3

@@ -90,8 +90,13 @@ class Search:
         """The CPU threads that all trials are given; None if that depends on their share of the CPUs."""
         return self.config()["threads"]
 
-    def draw(self) -> list[Point]:
-        """Return the points of the grid, or of a random search: first the settings that the model has without one."""
+    def points(self) -> list[Point] | None:
+        """Return what is tried: the grid, or what a random search draws; None if Optuna chooses on the way.
+
+        The first point of a random search has the settings that the model has without one.
+        """
+        if self.search == "optuna":
+            return None
         if self.search == "grid":
             return grid(self.space)
         config = self.config()

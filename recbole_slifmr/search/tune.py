@@ -195,10 +195,9 @@ def _fit(
         }
     )
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures stand in trials.csv
-    points = search.draw()
-    listed = search.search != "optuna"
-    _Watch.total = len(points) if listed else search.trials
-    param_space = {"point": ray_tune.grid_search(points)} if listed else {}
+    points = search.points()
+    _Watch.total = search.trials if points is None else len(points)
+    param_space = {} if points is None else {"point": ray_tune.grid_search(points)}
     going_on = resume and _restore_state(search)
     done = outcome.last_reports(search)
     parameters = ray_tune.with_parameters(_trainable, search=search, shared=(shared,), share=dict(share), done=done)
@@ -214,8 +213,8 @@ def _fit(
             tune_config=ray_tune.TuneConfig(
                 metric=metric,
                 mode=mode,
-                num_samples=1 if listed else search.trials,
-                search_alg=None if listed else _optuna(search, metric, mode),
+                num_samples=search.trials if points is None else 1,
+                search_alg=_optuna(search, metric, mode) if points is None else None,
                 scheduler=_scheduler(search),
                 time_budget_s=time_budget,
                 reuse_actors=True,  # a process takes seconds to import torch and RecBole
