@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 
 from recbole_slifmr.nn.graph import (
@@ -18,6 +19,7 @@ from recbole_slifmr.nn.graph import (
     normalize_symmetric,
     normalized_knn,
     sample_interactions,
+    sparse_knn_graph,
     sum_edges,
     unique_edges,
 )
@@ -138,6 +140,14 @@ def test_knn_blocks_equal_the_dense_answer(block_size):
             if similarity[i, j] > 0:
                 expected |= {(i, j), (j, i)}
     assert as_set(knn_graph(features, 4, block_size=block_size)) == expected
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 100])
+def test_sparse_knn_equals_the_dense_one_but_for_rounding(block_size):
+    rows = scipy.sparse.random_array((30, 12), density=0.3, rng=np.random.default_rng(0), format="csr")
+    dense = torch.from_numpy(rows.toarray())
+    unit = scipy.sparse.csr_array(torch.nn.functional.normalize(dense, dim=1).numpy())
+    assert as_set(sparse_knn_graph(unit, 4, block_size)) == as_set(knn_graph(dense, 4))
 
 
 def test_knn_refuses_k_below_one():

@@ -18,7 +18,7 @@ from recbole_slifmr.nn.linear import (
     gram,
     solve_columns,
 )
-from recbole_slifmr.nn.tags import new_tag_vectors, tag_factor, tag_factors, tag_vectors
+from recbole_slifmr.nn.tags import tag_factor, tag_factors, tag_vectors, unit_rows
 
 QUICK = {"topk": [5], "valid_metric": "Recall@5", "epochs": 10, "train_batch_size": 128}
 N_USERS, N_ITEMS, GROUPS = 40, 60, 2
@@ -195,8 +195,9 @@ def test_the_vectors_of_new_tags_are_those_of_the_items_with_the_same():
     links = np.concatenate([np.stack([0 * t[:, 0] + row, 2 * t[:, 1], t[:, 2]], axis=1)
                             for row, item in enumerate((3, 5)) for t in [triples[triples[:, 0] == item]]])  # fmt: skip
     for size in (8, 500):
-        known, new = tag_vectors(triples, 40, size), new_tag_vectors(triples, 40, size, links, 2)
-        torch.testing.assert_close(new, known[[3, 5]], rtol=0, atol=1e-6)
+        tags = tag_factors(triples, 40, 1, links, 2)
+        rows, new = unit_rows(tags.items), unit_rows(tags.new)
+        torch.testing.assert_close(tag_vectors(rows, size, new), tag_vectors(rows, size)[[3, 5]], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_layers", [0, 1, 2])

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import BOARD as CHECKERBOARD
-from conftest import all_scores, batch_of
+from conftest import all_scores, batch_of, write_table
 
 from recbole_slifmr.data.dataset import choose_batch_size
 from recbole_slifmr.data.features import KG_TAGS
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.host.settings import make_config
-from recbole_slifmr.model import slifmr
+from recbole_slifmr.model import fused, slifmr
 from recbole_slifmr.nn import encoder, loss
 from recbole_slifmr.nn.graph import cooccurrence_graph, knn_graph, unique_edges
 from recbole_slifmr.nn.parts import sum_over_parts
@@ -393,6 +393,19 @@ def test_tags_of_the_knowledge_graph_are_a_view_of_their_own(tiny, build):
     assert build(tiny, kg_view="both").model.view_names[-2:] == [KG_TAGS, "kg"]
     assert not {KG_TAGS, "kg"} & set(build(tiny, kg_view="none").model.view_names)
     assert not {KG_TAGS, "kg"} & set(build(tiny, use_kg=False).model.view_names)
+
+
+def test_items_of_rare_tags_have_no_neighbours_but_those_with_the_same(tiny, build, monkeypatch):
+    tokens = [f"i{i}" for i in range(14)]
+    write_table(tiny / "tiny.link", "item_id:token\tentity_id:token", [(token, f"e{token}") for token in tokens])
+    triples = [(f"e{token}", "brand", f"b{i // 2}") for i, token in enumerate(tokens)]
+    write_table(tiny / "tiny.kg", "head_id:token\trelation_id:token\ttail_id:token", triples)
+    monkeypatch.setattr(fused, "MOST_TAG_NUMBERS", 2)  # fewer than brands
+    run = build(tiny, knn_k=5)
+    ids = run.dataset.token2id(run.dataset.iid_field, tokens)
+    pairs = {(int(a), int(b)) for a, b in ids.reshape(-1, 2)}
+    edges = run.model.feature_encoders[KG_TAGS].graph.edges().edge_index
+    assert set(zip(*edges.tolist(), strict=True)) == pairs | {(b, a) for a, b in pairs}
 
 
 # -- graphs --------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """The knowledge graph as tags of the items: by hand, as vectors, and what they take."""
 
 import numpy as np
+import pytest
+import torch
 
-from recbole_slifmr.nn.tags import tag_factor, tag_vectors
+from recbole_slifmr.nn.tags import tag_factor, tag_vectors, unit_rows
 
 # Items 1 to 4, entities 5 to 8. Of relation 1: items 1, 2 and 3 to 5, item 4 alone to 6. Of relation 2: entity 7 to
 # items 1 and 2, entities 5 and 6 to 8.
@@ -48,17 +50,28 @@ def test_without_triples_there_are_no_tags():
 def test_tag_vectors_keep_the_inner_products_of_the_tags():
     rng = np.random.default_rng(0)
     triples = np.stack([rng.integers(1, 40, 200), rng.integers(0, 3, 200), rng.integers(40, 70, 200)], axis=1)
-    tags = tag_factor(triples, 40).toarray()
-    unit_tags = tags / np.maximum(np.linalg.norm(tags, axis=1, keepdims=True), 1e-12)
-    assert tags.shape[1] > 39
+    rows = unit_rows(tag_factor(triples, 40))
+    unit_tags = rows.toarray()
+    np.testing.assert_allclose(np.linalg.norm(unit_tags[unit_tags.any(axis=1)], axis=1), 1)
+    assert unit_tags.shape[1] > 39
     for size, tolerance in ((39, 1e-5), (1000, 1e-5)):
-        vectors = tag_vectors(triples, 40, size).numpy()
+        vectors = tag_vectors(rows, size).numpy()
         np.testing.assert_allclose(vectors @ vectors.T, unit_tags @ unit_tags.T, atol=tolerance)
         assert not vectors[0].any()
-    few = tag_vectors(triples, 40, 5).numpy()
+    few = tag_vectors(rows, 5).numpy()
     values = np.linalg.svd(unit_tags, compute_uv=False)
     assert few.shape == (40, 5)
     np.testing.assert_allclose(np.linalg.svd(few, compute_uv=False), values[:5], rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_brands", [100, 2000])  # decomposed exactly and at random
+def test_rounding_does_not_choose_the_vectors_of_brands_that_are_alike(n_brands):
+    item = np.arange(1, 2 * n_brands + 1)  # every brand has two items: all singular values are equal
+    triples = np.stack([item, np.zeros_like(item), 2 * n_brands + 1 + item % n_brands], axis=1)
+    rows = unit_rows(tag_factor(triples, 2 * n_brands + 1))
+    rounded = rows.copy()
+    rounded.data *= 1 + 1e-14 * np.random.default_rng(0).normal(size=len(rounded.data))
+    torch.testing.assert_close(tag_vectors(rounded, 30), tag_vectors(rows, 30), rtol=0, atol=1e-5)
 
 
 def test_tags_take_memory_by_triples_and_not_by_relations_times_entities():

@@ -25,7 +25,7 @@ from recbole_slifmr.model.linear import ContentWeights, content_sources, new_con
 from recbole_slifmr.model.settings import Count, FeatureSettings, GraphSettings, Positive, Share, Weight, Whole
 from recbole_slifmr.nn.encoder import MOST_AHEAD, FeatureEncoder, InteractionGraph
 from recbole_slifmr.nn.fold_in import fold_in, item_shares
-from recbole_slifmr.nn.graph import KNN_SEARCHES
+from recbole_slifmr.nn.graph import KNN_SEARCHES, Edges, sparse_knn_graph, unweighted
 from recbole_slifmr.nn.knowledge import RELATION_WEIGHTS, KnowledgeEncoder, filter_by_degree
 from recbole_slifmr.nn.layers import FUSIONS, Fusion, unit
 from recbole_slifmr.nn.linear import (
@@ -37,7 +37,7 @@ from recbole_slifmr.nn.linear import (
 )
 from recbole_slifmr.nn.linear_branch import LinearBranch, trust, user_weights, weighted_interactions
 from recbole_slifmr.nn.sparse import SparseMatrix
-from recbole_slifmr.nn.tags import new_tag_vectors, tag_vectors
+from recbole_slifmr.nn.tags import tag_factor, tag_factors, tag_vectors, unit_rows
 
 KG_VIEWS = ("graph", "tags", "both", "none")
 SHARES = ("relevance", "equal")
@@ -144,8 +144,9 @@ class FusedRecommender(GraphRecommender):
                     settings.feature_n_layers,
                     settings.feature_gate,
                     settings.knn_search,
+                    graph,
                 )
-                for modality, features in self._content(dataset).items()
+                for modality, (features, graph) in self._content(dataset).items()
             }
         )
         self.kg_encoder = None
@@ -172,13 +173,22 @@ class FusedRecommender(GraphRecommender):
             self.interaction_encoder.set_edge_weight(self.linear.trust(users, items, settings.denoising))
         self.reset_parameters()
 
-    def _content(self, dataset: Any) -> dict[str, ItemFeatures]:
-        """Return the item features by modality and, if it is seen so, the knowledge graph as features of its own."""
-        features = self.item_features(dataset)
+    def _content(self, dataset: Any) -> dict[str, tuple[ItemFeatures, Edges | None]]:
+        """Return the item features by modality and, if it is seen so, the knowledge graph as features of its own.
+
+        Beside features is their item graph, if it is not that of the nearest neighbours by them. Tags have one by all
+        their numbers, of which the vectors keep too few for items with rare tags, unless the search is approximate.
+        """
+        content: dict[str, tuple[ItemFeatures, Edges | None]]
+        content = {modality: (features, None) for modality, features in self.item_features(dataset).items()}
         if len(dataset.triples) and self.settings.kg_view in ("tags", "both"):
-            values = tag_vectors(dataset.triples.numpy(), self.n_items, MOST_TAG_NUMBERS).to(self.device)
-            features[KG_TAGS] = ItemFeatures(values, values.any(dim=1))
-        return features
+            rows = unit_rows(tag_factor(dataset.triples.numpy(), self.n_items))
+            values = tag_vectors(rows, MOST_TAG_NUMBERS).to(self.device)
+            graph = None
+            if self.settings.knn_search == "exact":
+                graph = unweighted(sparse_knn_graph(rows, self.settings.knn_k).to(self.device), self.n_items)
+            content[KG_TAGS] = ItemFeatures(values, values.any(dim=1)), graph
+        return content
 
     def _linear_branch(self, dataset: Any, weight: float) -> LinearBranch:
         settings, (users, items) = self.settings, self.training_interactions(dataset).cpu().numpy()
@@ -356,10 +366,13 @@ class FusedRecommender(GraphRecommender):
             new: the items.
         """
         features, embedding = dict(new.features), self.known(self.item_embedding.weight)
+        likeness = {}
         if KG_TAGS in self.feature_encoders:
-            triples = dataset.triples.numpy()
-            values = new_tag_vectors(triples, self.n_items, MOST_TAG_NUMBERS, new.links, len(new.tokens))
+            tags = tag_factors(dataset.triples.numpy(), self.n_items, 1, new.links, len(new.tokens))
+            rows, of_new = unit_rows(tags.items), unit_rows(tags.new)
+            values = tag_vectors(rows, MOST_TAG_NUMBERS, of_new)
             features[KG_TAGS] = ItemFeatures(values, values.any(dim=1))
+            likeness[KG_TAGS] = torch.from_numpy((of_new @ rows.T).toarray()).to(embedding.device)
         n_new, lender = len(new.tokens), self.encode().items[:, 0]
         views = embedding.new_zeros(n_new, len(self.view_names), self.embedding_size)
         mask = torch.zeros(n_new, len(self.view_names), dtype=torch.bool, device=embedding.device)
@@ -367,7 +380,7 @@ class FusedRecommender(GraphRecommender):
         for v, (name, encoder) in enumerate(self.feature_encoders.items(), start=1):
             if name in features:
                 values = features[name].values.to(embedding.device)
-                views[:, v], near = encoder.new_rows(values, embedding)
+                views[:, v], near = encoder.new_rows(values, embedding, likeness.get(name))
                 mask[:, v] = features[name].mask
                 weight = near.sum(1, keepdim=True)
                 views[:, 0] += near @ lender / torch.where(weight > 0, weight, 1.0)

@@ -172,6 +172,7 @@ class FeatureEncoder(nn.Module):
         n_layers: number of layers.
         gate: whether to gate by the ID embedding.
         search: how the neighbours are found, see ``graph.knn_graph``.
+        initial: the normalised initial item graph; if None, that of the nearest neighbours by ``features``.
     """
 
     features: Tensor
@@ -188,12 +189,14 @@ class FeatureEncoder(nn.Module):
         n_layers: int,
         gate: bool = False,
         search: str = "exact",
+        initial: Edges | None = None,
     ) -> None:
         super().__init__()
         self.n_items, self.n_layers, self.knn_k = features.shape[0], n_layers, knn_k
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("features", F.normalize(features, dim=1) * mask.unsqueeze(1), persistent=False)
-        initial = normalized_knn(features, knn_k, self.mask, search)
+        if initial is None:
+            initial = normalized_knn(features, knn_k, self.mask, search)
         self.graph = SparseMatrix(initial, (self.n_items, self.n_items), symmetric=True)
         self.projection = nn.Linear(features.shape[1], size, bias=False)
         self.gate = nn.Linear(size, size) if gate else None
@@ -249,8 +252,10 @@ class FeatureEncoder(nn.Module):
             self._averaged_over = (graph,)
         return self._project(self.user_features, users), self._project(self.propagated, items)
 
-    def new_rows(self, features: Tensor, item_embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the view of new items, and their neighbours among the items, the nearest by cosine.
+    def new_rows(
+        self, features: Tensor, item_embedding: Tensor, likeness: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the view of new items, and their neighbours among the items, the nearest by likeness.
 
         A new item takes from its neighbours what it would if it had been there from the start and was nobody's
         neighbour; the correlation graph has no part in it.
@@ -258,14 +263,16 @@ class FeatureEncoder(nn.Module):
         Args:
             features: ``[n, d_m]``; a row of zeros has no neighbours.
             item_embedding: of the items, ``[n_items, size]``; that of a new one counts as zero.
+            likeness: of each new item to each item, ``[n, n_items]``; the cosine of their features if None.
 
         Returns:
             ``[n, size]``, and the weights of the neighbours, ``[n, n_items]``.
         """
         rows = F.normalize(features, dim=1)
         degree = torch.bincount(self.graph.edges().edge_index[0], minlength=self.n_items).clamp(min=1)
-        cosine, near = (rows @ self.features.T).topk(min(self.knn_k, self.n_items), dim=1)
-        kept = (cosine > 0).to(rows.dtype)
+        likeness = rows @ self.features.T if likeness is None else likeness.to(rows.dtype)
+        largest, near = likeness.topk(min(self.knn_k, self.n_items), dim=1)
+        kept = (largest > 0).to(rows.dtype)
         weight = kept * (kept.sum(1, keepdim=True).clamp(min=1) * degree[near]).rsqrt()
         neighbours = torch.zeros(len(rows), self.n_items, dtype=rows.dtype, device=rows.device)
         neighbours.scatter_(1, near, weight)

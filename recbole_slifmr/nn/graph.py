@@ -14,7 +14,7 @@ Equations:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,29 +155,64 @@ def knn_graph(
     if len(ids) < 2:
         return torch.zeros(2, 0, dtype=torch.long, device=features.device)
     unit = (features / norm.clamp(min=1e-12))[ids]
-    row, col = _search_exactly(unit, k, block_size) if search == "exact" else _search_approximately(unit, k)
+    if search == "approximate":
+        row, col = _search_approximately(unit, k)
+    else:
+        block = unit.new_empty(min(block_size, len(unit)), len(unit))  # one for all: the largest piece of memory by far
+        starts = range(0, len(unit), block_size)
+        parts = (unit[start : start + block_size] for start in starts)
+        row, col = _nearest((torch.mm(part, unit.T, out=block[: len(part)]) for part in parts), k)
     row, col = ids[row], ids[col]
     return unique_edges(torch.stack([torch.cat([row, col]), torch.cat([col, row])]), n)
 
 
-def _search_exactly(unit: Tensor, k: int, block_size: int) -> tuple[Tensor, Tensor]:
-    """Return each row of ``unit [n, d]`` and its k nearest others of positive similarity, ``[<= n * k]`` both."""
+def sparse_knn_graph(rows: scipy.sparse.csr_array, k: int, block_size: int = 1024) -> Tensor:
+    """Link each item with its k nearest neighbours by the inner products of sparse rows, both ways.
+
+    As :func:`knn_graph` does for dense ones: exactly, ``block_size`` rows at a time, without neighbours of no
+    similarity. Ties go to the lowest index.
+
+    Args:
+        rows: non-negative, of unit length or zero, ``[n, d]``.
+        k: neighbours per item; fewer where fewer exist.
+        block_size: rows per block.
+
+    Returns:
+        ``edge_index [2, E]`` of the undirected graph: sorted, unique, both directions, no i->i edge.
+    """
+    n = rows.shape[0]
+    rows = rows.astype(np.float32)
+    columns = rows.T.tocsr()
+    parts = (rows[start : start + block_size] @ columns for start in range(0, n, block_size))
+    row, col = _nearest((torch.from_numpy(part.toarray()) for part in parts), k)
+    return unique_edges(torch.stack([torch.cat([row, col]), torch.cat([col, row])]), n)
+
+
+def _nearest(blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """Return each row of a similarity matrix, given in blocks of rows, and its k largest columns, the positive ones.
+
+    Args:
+        blocks: ``[<= block_size, n]`` each; overwritten. The diagonal does not count.
+        k: neighbours per row.
+
+    Returns:
+        rows and columns, ``[<= n * k]`` both.
+    """
     rows, cols = [], []
-    block = unit.new_empty(min(block_size, len(unit)), len(unit))  # one for all: the largest piece of memory by far
-    for start in range(0, len(unit), block_size):
-        part = unit[start : start + block_size]
-        similarity = torch.mm(part, unit.T, out=block[: len(part)])
+    start = 0
+    for similarity in blocks:
         local = torch.arange(similarity.shape[0], device=similarity.device)
         similarity[local, local + start] = -torch.inf
         row, col = _top_k(similarity, k)
         keep = similarity[row, col] > 0
         rows.append(row[keep] + start)
         cols.append(col[keep])
+        start += len(local)
     return torch.cat(rows), torch.cat(cols)
 
 
 def _search_approximately(unit: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return what :func:`_search_exactly` returns, most of it, from an inverted file of FAISS."""
+    """Return most of what the exact search returns, from an inverted file of FAISS."""
     import faiss
 
     vectors = np.ascontiguousarray(unit.detach().cpu().numpy(), dtype=np.float32)

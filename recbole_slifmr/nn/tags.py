@@ -7,10 +7,12 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import scipy.sparse
 import torch
+from sklearn.utils.extmath import svd_flip
 from torch import Tensor
 
 from recbole_slifmr.nn.spectral import largest_singular
 
+TIE_BREAK = 1e-3
 W = TypeVar("W", scipy.sparse.csr_array, scipy.sparse.csc_array)
 
 
@@ -92,44 +94,30 @@ def tag_factors(
     return Tags(of_items, of_new, kinds[shared])
 
 
-def tag_vectors(triples: np.ndarray, n_items: int, size: int) -> Tensor:
-    """Return the items' tags as vectors, ``[n_items, size]`` float32, zeros for items without tags.
+def tag_vectors(rows: scipy.sparse.csr_array, size: int, new: scipy.sparse.csr_array | None = None) -> Tensor:
+    r"""Return tags as vectors, ``[n_items, size]`` float32, zeros for items without tags.
 
-    The rows of :func:`tag_factor`, each of unit length, on their ``size`` largest singular directions; with no more
-    than ``size`` tags the rows themselves.
+    The rows projected on their ``size`` largest singular directions; with no more than ``size`` tags the rows
+    themselves. Singular values that are equal, as those of brands with as many items each, would leave the directions
+    to rounding: for the decomposition alone the columns are made to differ by up to a thousandth.
 
     Args:
-        triples: head, relation, tail, ``[T, 3]``; entity i is item i for ``0 < i < n_items``.
-        n_items: number of items, the padding item 0 included.
+        rows: see :func:`unit_rows`, ``[n_items, n_tags]``.
         size: most numbers per item.
+        new: the same of new items, ``[n_new, n_tags]``; if given, their vectors are returned, ``[n_new, size]``.
     """
-    rows = _unit_rows(tag_factor(triples, n_items))
-    if rows.shape[1] <= size or n_items <= size:
-        return torch.from_numpy(rows.toarray().astype(np.float32))
-    left, values, _ = largest_singular(rows, size)
-    vectors = np.where(np.diff(rows.indptr)[:, None] > 0, left * values, 0.0)
-    return torch.from_numpy(np.ascontiguousarray(vectors.astype(np.float32)))
+    wanted = rows if new is None else new
+    n_items, n_tags = rows.shape
+    if n_tags <= size or n_items <= size:
+        return torch.from_numpy(wanted.toarray().astype(np.float32))
+    distinct = scipy.sparse.diags_array(1 + TIE_BREAK * np.arange(n_tags) / n_tags)
+    left, _, right = largest_singular((rows @ distinct).tocsr(), size)
+    directions = svd_flip(left, right)[1]
+    return torch.from_numpy((wanted @ directions.T).astype(np.float32))
 
 
-def new_tag_vectors(triples: np.ndarray, n_items: int, size: int, links: np.ndarray, n_new: int) -> Tensor:
-    """Return the tags of new items in the coordinates of :func:`tag_vectors`, ``[n_new, size]``.
-
-    Args:
-        triples: see there.
-        n_items: see there.
-        size: see there.
-        links: of the new items, ``[L, 3]``, see :func:`tag_factors`.
-        n_new: number of new items.
-    """
-    tags = tag_factors(triples, n_items, 1, links, n_new)
-    rows, new = _unit_rows(tags.items), _unit_rows(tags.new)
-    if rows.shape[1] <= size or n_items <= size:
-        return torch.from_numpy(new.toarray().astype(np.float32))
-    directions = largest_singular(rows, size)[2]
-    return torch.from_numpy((new @ directions.T).astype(np.float32))
-
-
-def _unit_rows(matrix: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
+def unit_rows(matrix: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
+    """Return a matrix with each row scaled to unit length; rows of zeros stay as they are."""
     length = np.sqrt(matrix.power(2).sum(axis=1))
     return scipy.sparse.csr_array(scipy.sparse.diags_array(1 / np.where(length > 0, length, 1)) @ matrix)
 
