@@ -73,6 +73,22 @@ def test_features_are_centred_over_the_items_that_have_them():
     assert factor.tolist() == [[0, 0], [1, 0], [-1, 0], [0, 0]]
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e5])
+def test_rows_that_are_the_mean_say_nothing(scale):
+    """Filled in as float32, the mean differs from that of all rows by rounding."""
+    rng = np.random.default_rng(0)
+    values = scale * rng.normal(1, 1, size=(200, 30)).astype(np.float32)
+    lacking = rng.random(200) < 0.5
+    values[lacking] = values[~lacking].mean(axis=0, dtype=np.float64)
+    before = values.copy()
+    factor = feature_factor(torch.from_numpy(values), torch.ones(200, dtype=torch.bool)).numpy()
+    assert not factor[lacking].any()
+    np.testing.assert_allclose(np.linalg.norm(factor[~lacking], axis=1), 1)
+    assert (values == before).all()
+    new = feature_factor(torch.from_numpy(values[:1]), torch.ones(1, dtype=torch.bool), torch.from_numpy(values[0]))
+    assert not new.any()
+
+
 # -- weights ---------------------------------------------------------------------------------------------------------
 
 

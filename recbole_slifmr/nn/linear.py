@@ -45,6 +45,7 @@ TOLERANCE = 1e-8  # of conjugate gradients, relative
 MOST_STEPS = 2000
 SINGULAR = "the item-item matrix is not positive definite: set reg_weight higher, for SLIFMR linear_reg_weight"
 COLUMNS = 256  # that conjugate gradients solve for at a time
+SAME = 1e-6  # of its length: a row of features that is nearer to the mean is the mean, rounded
 
 
 class Source(NamedTuple):
@@ -70,13 +71,18 @@ def interaction_factor(users: np.ndarray, items: np.ndarray, n_users: int, n_ite
 def feature_factor(values: Tensor, mask: Tensor, mean: Tensor | None = None) -> Tensor:
     """Return features less their mean, with rows of unit length, ``[n_items, d]`` float64.
 
+    A row that is the mean, as ``feature_missing: mean`` fills it in, becomes zeros.
+
     Args:
         values: ``[n_items, d]``.
         mask: ``[n_items]`` bool; the rows of other items are zeros, and do not count in the mean.
         mean: ``[d]``; that of these features if None.
     """
-    centred = values.double() - (feature_mean(values, mask) if mean is None else mean)
-    return F.normalize(centred, dim=1) * mask.unsqueeze(1)
+    factor = values.to(torch.float64, copy=True)
+    least = SAME * factor.norm(dim=1)
+    factor -= feature_mean(factor, mask) if mean is None else mean
+    length = factor.norm(dim=1)
+    return factor.div_(torch.where(mask & (length > least), length, torch.inf).unsqueeze(1))
 
 
 def feature_mean(values: Tensor, mask: Tensor) -> Tensor:
