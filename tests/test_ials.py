@@ -60,6 +60,15 @@ def test_every_sweep_lowers_the_objective(solved):
     assert values[-1] == pytest.approx(objective(solved(n_sweeps=80).model), rel=1e-3)
 
 
+def test_items_that_nobody_has_and_users_who_have_nothing_are_zeros(solved):
+    run = solved(cold_items=0.3, n_sweeps=1)
+    cold = ~run.model.history.toarray().any(axis=0)
+    assert cold[1:].any() and not run.model.items[cold].any()
+    assert not all_scores(run)[:, cold].any()
+    users, x = run.model.users.double().numpy(), run.model.history.toarray()
+    assert not users[~x.any(axis=1)].any()
+
+
 def test_where_it_starts_depends_on_the_seed(solved):
     first, same, other = (solved(seed=seed, n_sweeps=1).model.items for seed in (1, 1, 2))
     torch.testing.assert_close(first, same, rtol=0, atol=0)

@@ -111,7 +111,7 @@ class IALS(SolvedRecommender, EmbeddingRecommender):
         self.clear_cache()
         size = self.items.shape[1]
         self.items.normal_(std=START / math.sqrt(size))
-        self.items[0] = 0  # RecBole's padding
+        self.items[torch.from_numpy(self.history.sum(axis=0) == 0).to(self.device)] = 0  # as the solution is
         sides = [list(batches(history, self.device, size)) for history in (self.history, self.history.T.tocsr())]
         for _ in range(self.settings.n_sweeps):
             self._solve(self.users, sides[0], self.items)
