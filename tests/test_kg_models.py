@@ -202,6 +202,19 @@ def test_adakg_scores_with_the_step_against_all_interactions(tiny, build):
     torch.testing.assert_close(all_scores(run), (users @ items.T)[1:])
 
 
+@pytest.mark.parametrize("n_layers", [1, 2, 3, 4])
+def test_adakg_sees_nothing_in_the_interactions_of_a_node_without_any(tiny, build, n_layers):
+    """Here the padding: nothing at all, where rounding would have a direction."""
+    model = build(tiny, "AdaKG", n_layers=n_layers, eps=0.5).model
+    generator = torch.Generator().manual_seed(0)
+    ego = [torch.randn(n, 64, generator=generator) for n in (model.n_users, model.n_items)]
+    z = model.interaction_view(*ego)
+    moved = model.interaction_view(*(rows + 0.1 for rows in ego))
+    for before, after, q in zip(z, moved, model.instability(ego, z, torch.stack(TRIPLET)), strict=True):
+        assert not before[0].any() and not after[0].any()
+        assert q[0] > q[1:].mean(), "1 less the mean"
+
+
 def test_adakg_leans_on_the_knowledge_graph_most_where_there_are_no_interactions(tiny, build):
     run = build(tiny, "AdaKG", cold_items=0.4, eps=0.1)
     torch.nn.init.constant_(run.model.gamma, 5.0)

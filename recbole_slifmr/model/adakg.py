@@ -94,8 +94,11 @@ class AdaKG(GraphRecommender):
 
     def interaction_view(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean of layers 1 to L over ``[n_users, d]`` and ``[n_items, d]``, same shapes; it is symmetric."""
-        n_layers, means = self.settings.n_layers, self.interaction_encoder(users, items)  # of layers 0 to L
-        users, items = (((n_layers + 1) * mean - e) / n_layers for mean, e in zip(means, (users, items), strict=True))
+        matrix, layers = self.interaction_encoder.graph.matrix, []
+        for _ in range(self.settings.n_layers):
+            users, items = matrix.multiply(items), matrix.multiply_transposed(users)
+            layers.append((users, items))
+        users, items = (torch.stack(side).mean(0) for side in zip(*layers, strict=True))
         return users, items
 
     @torch.no_grad()
