@@ -26,7 +26,7 @@ from recbole_slifmr.nn.linear import (
     interaction_factor,
     top_weights,
 )
-from recbole_slifmr.nn.linear_branch import LinearBranch
+from recbole_slifmr.nn.linear_branch import LinearBranch, user_weights
 from recbole_slifmr.search.space import grid, parse_space
 from recbole_slifmr.training.checkpoint import read_checkpoint
 from recbole_slifmr.training.experiment import run
@@ -163,8 +163,8 @@ def test_leave_one_out_scores_are_those_of_weights_fitted_without_the_user(sourc
     history = sources[0].factor.T.tocsr()
     x = history.toarray()
     branch = LinearBranch(history, lambda: sources[1:], REG, 2.5, solver, "cpu", user_power, popularity_reg)
-    counts = np.maximum(x.sum(axis=1), 1)
-    shares = (counts / counts.mean()) ** -user_power
+    counts = x.sum(axis=1)
+    shares = (np.maximum(counts, 1) / counts[counts > 0].mean()) ** -user_power
     reg = REG + popularity_reg * x.sum(axis=0)
     full = x.T @ np.diag(shares) @ x + dense(sources[1]) @ dense(sources[1]).T
     rest = [full - share * np.outer(row, row) for row, share in zip(x, shares, strict=True)]
@@ -182,6 +182,14 @@ def test_leave_one_out_scores_are_those_of_weights_fitted_without_the_user(sourc
         trust = branch.trust(torch.from_numpy(rows), torch.from_numpy(columns), strength)
         found = np.maximum(1 - strength / (1 + np.exp((deviations - 0.5) / 0.5)), 1e-3)
         np.testing.assert_allclose(trust, found, rtol=1e-4)
+
+
+def test_a_user_with_the_mean_number_of_items_counts_as_one_whoever_else_is_there():
+    history = scipy.sparse.csr_array([[0] * 4, [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0], *[[0] * 4] * 90])
+    found = user_weights(history, 0.5)
+    np.testing.assert_allclose(found[1:4], np.sqrt([3 / 2, 3 / 4, 1]))
+    assert np.isfinite(found).all()
+    assert user_weights(scipy.sparse.csr_array((5, 4)), 0.5).tolist() == [1] * 5
 
 
 @pytest.mark.parametrize("k", [5, 10])

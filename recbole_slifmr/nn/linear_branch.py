@@ -240,12 +240,15 @@ class LinearBranch:
 def user_weights(history: scipy.sparse.csr_array, power: float) -> np.ndarray:
     r"""Return what each user counts, :math:`v_u = (n_u / \bar n)^{-a}`, ``[n_users]``.
 
+    The mean :math:`\bar n` is over the users who have any items; the others count as if they had one.
+
     Args:
         history: which users have which item, ``[n_users, n_items]``.
         power: a.
     """
-    counts = np.maximum(np.diff(history.indptr), 1)
-    return (counts / counts.mean()) ** -power
+    counts = np.diff(history.indptr)
+    mean = counts.sum() / max(np.count_nonzero(counts), 1)
+    return (np.maximum(counts, 1) / max(mean, 1)) ** -power
 
 
 def weighted_interactions(history: scipy.sparse.csr_array, weights: np.ndarray) -> scipy.sparse.csr_array:
