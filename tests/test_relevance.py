@@ -9,7 +9,8 @@ from conftest import write_table
 
 from recbole_slifmr.data.survey import survey
 from recbole_slifmr.nn import relevance as module
-from recbole_slifmr.nn.relevance import relevance, shares
+from recbole_slifmr.nn.relevance import relevance, share_out, shares
+from recbole_slifmr.nn.tags import Tags
 
 N_USERS, N_ITEMS = 60, 24
 
@@ -63,6 +64,25 @@ def test_sources_that_say_nothing_count_the_same():
         beta = relevance(nobody, factors)
         assert beta.tolist() == [0] * len(factors)
         assert shares(beta, factors).tolist() == [1] * len(factors)
+
+
+def test_what_says_nothing_is_left_out_beside_what_says_something():
+    """Even if it is the only modality, or the only relation."""
+    group = np.eye(4)[np.arange(N_ITEMS) % 4]
+    likes, other = np.kron(group, np.ones(N_USERS // 4)), np.eye(N_ITEMS)
+
+    def found(features, tags, interactions=likes):
+        columns = Tags(sparse(tags), sparse(tags[:0]), np.full(tags.shape[1], 3))
+        return [
+            part.tolist() for part in share_out(sparse(interactions), list(map(torch.from_numpy, features)), columns)
+        ]
+
+    assert found([group], other) == [[1], [1, 1, 1, 0]]
+    assert found([other], group) == [[0], [1, 1, 1, 1]]
+    assert found([other, other], group) == [[0, 0], [1, 1, 1, 1]]
+    assert found([other], other) == [[1], [1, 1, 1, 1]], "nothing says anything"
+    assert found([group], group, np.zeros_like(likes)) == [[1], [1, 1, 1, 1]]
+    assert found([], other[:, :0]) == [[], []]
 
 
 @pytest.mark.filterwarnings("error")

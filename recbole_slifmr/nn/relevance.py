@@ -83,14 +83,17 @@ def share_out(
 
     Returns:
         :func:`shares` of the modalities, ``[n]``, and of the kinds of tags, ``[highest kind + 1]``, 1 where there is no
-        such tag.
+        such tag. If one of the two says something and the other nothing, zeros for the other.
     """
     kinds = np.unique(tags.kinds)
     of_kinds = [tags.items[:, tags.kinds == kind] for kind in kinds]
     beta = relevance(interactions, [*features, *of_kinds])
+    groups = (beta[: len(features)], features), (beta[len(features) :], of_kinds)
+    says = [some.any() or not beta.any() for some, _ in groups]
+    found, of_kind = (shares(*group) * counts for group, counts in zip(groups, says, strict=True))
     by_kind = np.ones(kinds.max(initial=-1) + 1)
-    by_kind[kinds] = shares(beta[len(features) :], of_kinds)
-    return shares(beta[: len(features)], features), by_kind
+    by_kind[kinds] = of_kind
+    return found, by_kind
 
 
 def _columns(factor: Matrix) -> np.ndarray | scipy.sparse.csc_array:
