@@ -7,6 +7,7 @@ import pytest
 import scipy.sparse
 import torch
 
+from recbole_slifmr.nn import graph
 from recbole_slifmr.nn.graph import (
     Edges,
     blend,
@@ -112,6 +113,24 @@ def test_knn_links_both_ways_without_self_edges():
 def test_knn_ties_go_to_the_lowest_index():
     features = torch.tensor([[1.0, 0.0]] * 4)
     assert as_set(knn_graph(features, 1)) == {(0, 1), (1, 0), (2, 0), (0, 2), (3, 0), (0, 3)}
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, 150])
+def test_knn_of_many_ties_equals_the_naive_answer(monkeypatch, k):
+    """Cosines are multiples of 1/4 here, without rounding; no row is sorted, which takes long."""
+    monkeypatch.setattr(graph, "TIED", 7)
+    monkeypatch.delattr(torch, "sort")
+    features = torch.randint(0, 2, (120, 4), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    features[5], features[70:80] = 0, 1
+    similarity = features @ features.T / 4
+    expected = set()
+    for i, row in enumerate(similarity.tolist()):
+        order = sorted((j for j in range(120) if j != i and row[j] > 0), key=lambda j, row=row: (-row[j], j))
+        for j in order[:k]:
+            expected |= {(i, j), (j, i)}
+    for block_size in (1, 50, 1024):
+        assert as_set(knn_graph(features, k, block_size=block_size)) == expected
+    assert knn_recall(features, knn_graph(features, k), k) == 1
 
 
 def test_knn_leaves_out_zero_rows_and_masked_items():

@@ -94,8 +94,11 @@ def normalize_symmetric(edge_index: Tensor, edge_weight: Tensor, shape: tuple[in
     return edge_weight * row_scale.index_select(0, row) * col_scale.index_select(0, col)
 
 
+TIED = 64  # rows at a time, in which ties are looked for
+
+
 def _top_k(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Select the k largest entries of each row; among equals the lowest column wins.
+    """Select the k largest entries of each row; among equals above 0 the lowest column wins, among others any.
 
     Returns:
         rows and columns of the chosen entries, ``[n * k]`` each.
@@ -103,11 +106,14 @@ def _top_k(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n_rows, n_cols = similarity.shape
     k = min(k, n_cols)
     values, index = torch.topk(similarity, min(k + 1, n_cols), dim=1)
-    if values.shape[1] > k:
-        tied = (values[:, k - 1] == values[:, k]) & torch.isfinite(values[:, k])
-        index = index[:, :k].contiguous()
-        if tied.any():
-            index[tied] = torch.sort(similarity[tied], dim=1, descending=True, stable=True).indices[:, :k]
+    index, last = index[:, :k].contiguous(), values[:, k - 1 : k]
+    tied = ((values[:, k:] == last) & (last > 0)).any(1).nonzero().squeeze(1)
+    place, order = (torch.arange(n, dtype=torch.int32, device=similarity.device) for n in (k, n_cols))
+    for rows in tied.split(TIED):
+        equals = (similarity[rows] == last[rows]) * (n_cols - order)  # the lowest column is the largest
+        n_larger = (values[rows, :k] > last[rows]).sum(1, keepdim=True)
+        lowest = torch.topk(equals, k, dim=1).indices.gather(1, (place - n_larger).clamp(min=0))
+        index[rows] = torch.where(place < n_larger, index[rows], lowest)
     rows = torch.arange(n_rows, device=similarity.device).repeat_interleave(k)
     return rows, index.reshape(-1)
 
