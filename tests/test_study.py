@@ -255,6 +255,18 @@ def test_coldstart_says_who_cannot_score_a_cold_item_and_goes_on_one_page(folder
     assert "cannot score them" in main_page.read_text()
 
 
+def test_the_only_run_without_noise_of_a_model_that_draws_nothing_stands_for_all_seeds():
+    runs = pd.DataFrame(
+        [("EASE", 0.0, 1, 0.5), ("EASE", 0.2, 1, 0.4), ("EASE", 0.2, 2, 0.3),
+         ("BPR", 0.0, 1, 0.2), ("BPR", 0.0, 2, 0.4), ("BPR", 0.2, 1, 0.1), ("BPR", 0.2, 2, 0.3), ("BPR", 0.2, 3, 0.3)],
+        columns=["model", "level", "seed", "test_recall@10"],
+    )  # fmt: skip
+    runs = pd.concat([runs.assign(noise=kind) for kind in ("interaction_add", "kg_tail")], ignore_index=True)
+    losses = relative_losses(runs, "recall@10")
+    assert losses[:8].tolist() == pytest.approx([0, 0.2, 0.4, 0, 0, 0.5, 0.25, np.nan], nan_ok=True)
+    assert losses[8:].tolist() == pytest.approx(losses[:8].tolist(), nan_ok=True)
+
+
 # -- statistics ------------------------------------------------------------------------------------------------------
 
 

@@ -77,11 +77,17 @@ def _spread(values: pd.Series, digits: int = 4, scale: float = 1.0) -> str:
 
 
 def relative_losses(runs: pd.DataFrame, metric: str) -> pd.Series:
-    """Return, for every run, the share of its score without noise (same model and seed) that it has lost."""
+    """Return, for every run, the share of its score without noise that it has lost.
+
+    Its score without noise is that of the same model and seed, or of the model's only run without noise: a model that
+    draws nothing has one for all seeds.
+    """
     column = f"test_{metric}"
-    clean = runs[runs["level"] == 0].drop_duplicates(["model", "seed"]).set_index(["model", "seed"])[column]
-    before = pd.Series(pd.MultiIndex.from_frame(runs[["model", "seed"]]).map(clean), index=runs.index, dtype=float)
-    return 1 - runs[column] / before
+    clean = runs[runs["level"] == 0].drop_duplicates(["model", "seed"])
+    by_seed = clean.set_index(["model", "seed"])[column]
+    only = clean.drop_duplicates("model", keep=False).set_index("model")[column]
+    before = pd.Series(pd.MultiIndex.from_frame(runs[["model", "seed"]]).map(by_seed), index=runs.index, dtype=float)
+    return 1 - runs[column] / before.fillna(runs["model"].map(only))
 
 
 def _robustness(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: Mapping[str, str]) -> None:
@@ -110,7 +116,8 @@ def _robustness(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: M
             sections.append((f"{kind}, {title}", header, rows))
     text = _heading(study, runs, states) + (
         " Noise is in the training inputs only, the same for every model; its draw changes with the seed. Loss: share "
-        "of the same seed's score without noise. Last column: with a 95% bootstrap interval over users."
+        "of the same seed's score without noise; a model that draws nothing has one run without noise for all seeds. "
+        "Last column: with a 95% bootstrap interval over users."
     )
     tables.write_tables(study.out, sections, text)
     plots.plot_robustness(study.out / "robustness.png", runs, losses, metrics[0])
