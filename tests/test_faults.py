@@ -56,6 +56,38 @@ def test_metrics_that_no_user_has_do_not_end_the_report(folder):
     assert (plan.out / "table.md").read_text().startswith("| model | Itemcoverage@5 | Recall@5 |")
 
 
+def one_user(task):
+    """Leave of a finished run the scores of one user."""
+    file = task.folder / "per_user.parquet"
+    pd.read_parquet(file).iloc[:1].to_parquet(file)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_one_user_has_a_table_without_an_interval(folder):
+    plan = plan_of(folder, ["BPR", "Pop"])
+    for task, score in zip(plan.tasks, (0.25, 0.5), strict=True):
+        finish(task, test={"recall@10": score})
+        one_user(task)
+    users = pd.read_parquet(plan.tasks[0].folder / "per_user.parquet")
+    (users * 2).to_parquet(plan.tasks[0].folder / "per_user.parquet")
+    run_plan(plan)
+    assert "| BPR | <u>0.2500</u> |" in (plan.out / "table.md").read_text()
+    results = read_json(plan.out / "results.json")
+    assert results["improvement"]["recall@10"] == {"best": "Pop", "relative": 1.0, "low": None, "high": None}
+    assert results["comparisons"]["recall@10"][0]["p_t"] == 1.0
+
+
+def test_one_user_has_a_table_of_losses_without_an_interval(folder):
+    changes = {"models": ["SLIFMR", "BPR"], "kinds": ["interaction"], "levels": [0, 0.5]}
+    study = make_study("robustness", "tiny", changes, folder / "out", settings={**SETTINGS, "data_path": str(folder)},
+                       seeds=1)  # fmt: skip
+    for task in study.tasks:
+        finish(task)
+        one_user(task)
+    run_study(study)
+    assert "| BPR | 0.2500 | 0.2500 | 0.0 | +0.0 |" in (study.out / "table.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "metrics"),
     [

@@ -28,6 +28,15 @@ def folder(tmp_path):
 # -- the data --------------------------------------------------------------------------------------------------------
 
 
+def test_the_files_of_a_data_set_whose_name_has_signs_of_a_pattern_are_hashed(tmp_path):
+    names = ["a[1]", "a*", "a"]
+    for name in names:
+        write_tiny(tmp_path, name)
+    for name in names:
+        found = identity.input_hashes("BPR", name, settings={"data_path": str(tmp_path)})
+        assert {file for file in found if file.endswith(".inter")} == {f"{name}.inter"}
+
+
 def half_of_the_interactions(data):
     lines = (data / "tiny.inter").read_text().splitlines()
     (data / "tiny.inter").write_text("\n".join(lines[: len(lines) // 2]) + "\n")

@@ -7,6 +7,7 @@ per process as long as size and times stay as they are.
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -75,7 +76,7 @@ class _Sources(NamedTuple):
     def data_files(self) -> Iterator[Path]:
         """Yield the atomic files and the feature files, by name."""
         if self.folder.is_dir():
-            for path in sorted(self.folder.glob(f"{self.dataset}.*")):
+            for path in sorted(self.folder.glob(f"{glob.escape(self.dataset)}.*")):
                 if self.reads_kg or path.suffix not in (".kg", ".link"):
                     yield path
         if self.features is not None and self.features.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,10 @@ def _robustness(study: Study, runs: pd.DataFrame, users: pd.DataFrame, states: M
 def _more_lost(users: pd.DataFrame, metric: str, model: str, main: str, kind: str, level: float) -> str:
     one, other = ((f"{name} {kind}=0", f"{name} {kind}={level:g}") for name in (model, main))
     found = statistics.loss_difference(users, metric, one, other)
-    return "" if found is None else f"{100 * found[0]:+.1f} [{100 * found[1]:.1f}, {100 * found[2]:.1f}]"
+    if found is None:
+        return ""
+    difference, low, high = (100 * value for value in found)
+    return f"{difference:+.1f}" + ("" if math.isnan(low) else f" [{low:.1f}, {high:.1f}]")
 
 
 def write_data(study: Study) -> list[Path]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,12 +52,12 @@ def compare(users: pd.DataFrame, metric: str, reference: str) -> list[Comparison
     """Test the reference against every other model, user by user (each user's mean over the seeds).
 
     Returns:
-        one comparison per other model; p = 1 where no user differs.
+        one comparison per other model; p = 1 where no user differs, or where there is but one user.
     """
     table = user_means(users, metric)
     others = [model for model in users["model"].unique() if model != reference]
     differences = [table[reference] - table[model] for model in others]
-    differ = [bool((difference != 0).any()) for difference in differences]
+    differ = [len(table) > 1 and bool((difference != 0).any()) for difference in differences]
     wilcoxon = [float(stats.wilcoxon(d).pvalue) if some else 1.0 for d, some in zip(differences, differ, strict=True)]
     t_test = [
         float(stats.ttest_rel(table[reference], table[model]).pvalue) if some else 1.0
@@ -67,7 +68,10 @@ def compare(users: pd.DataFrame, metric: str, reference: str) -> list[Comparison
 
 
 class Improvement(NamedTuple):
-    """Relative improvement of the reference over the best other model, with a 95% bootstrap interval over users."""
+    """Relative improvement of the reference over the best other model, with a 95% bootstrap interval over users.
+
+    The interval is NaN with fewer than two users.
+    """
 
     best: str
     relative: float
@@ -84,10 +88,17 @@ def improvement(users: pd.DataFrame, metric: str, reference: str, n_resamples: i
     def relative(a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
         return a.mean(axis=axis) / b.mean(axis=axis) - 1
 
-    interval = stats.bootstrap(
-        (one, other), relative, paired=True, n_resamples=n_resamples, method="percentile", rng=np.random.default_rng(0)
+    return Improvement(str(best), float(relative(one, other)), *_interval((one, other), relative, n_resamples))
+
+
+def _interval(samples: Sequence[np.ndarray], statistic: Callable[..., Any], n_resamples: int) -> tuple[float, float]:
+    """Return the 95% bootstrap interval of a statistic over users, NaN with fewer than two of them."""
+    if len(samples[0]) < 2:
+        return math.nan, math.nan
+    found = stats.bootstrap(
+        samples, statistic, paired=True, n_resamples=n_resamples, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
-    return Improvement(str(best), float(relative(one, other)), float(interval.low), float(interval.high))
+    return float(found.low), float(found.high)
 
 
 def loss_difference(
@@ -103,7 +114,7 @@ def loss_difference(
         n_resamples: of the bootstrap.
 
     Returns:
-        difference, low and high; None if a run is missing.
+        difference, low and high, which are NaN with fewer than two users; None if a run is missing.
     """
     table = user_means(users, metric)
     if not {*one, *other} <= set(table):
@@ -113,10 +124,7 @@ def loss_difference(
         return d.mean(axis=axis) / c.mean(axis=axis) - b.mean(axis=axis) / a.mean(axis=axis)
 
     scores = tuple(table[title].to_numpy() for title in (*one, *other))
-    found = stats.bootstrap(
-        scores, difference, paired=True, n_resamples=n_resamples, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return float(difference(*scores)), float(found.low), float(found.high)
+    return float(difference(*scores)), *_interval(scores, difference, n_resamples)
 
 
 def importance(trials: pd.DataFrame, names: Sequence[str]) -> pd.Series | None:
