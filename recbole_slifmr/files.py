@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
+
+from recbole_slifmr.errors import SettingError
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -36,6 +39,24 @@ def replace_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rename(Path(scratch) / "old")
         part.rename(path)
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep a folder for the search, benchmark or study that runs in it; the lock of a killed process is gone with it.
+
+    Raises:
+        SettingError: if another one runs there.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise SettingError(f"{folder} holds a search, benchmark or study that is running: name another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, content: Any) -> None:

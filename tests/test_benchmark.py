@@ -229,7 +229,7 @@ def test_a_benchmark_writes_everything_and_goes_on_where_it_stopped(folder, monk
     written = {path.name for path in (folder / "out").iterdir()}
     assert written == {
         "results.csv", "results.json", "per_user.parquet", "table.md", "table.tex", "curves.png", "bars.png",
-        "manifest.json", "runs",
+        "manifest.json", "runs", ".lock",
     }  # fmt: skip
     manifest = json.loads((folder / "out" / "manifest.json").read_text())
     assert set(manifest["fingerprints"]) == {"train", "valid", "test"} and manifest["versions"]["torch"]

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 from conftest import write_tiny
+from filelock import FileLock
 from finished import SETTINGS, finish, plan_of
 
 from recbole_slifmr.cli import main
@@ -128,6 +129,37 @@ def test_a_report_that_fails_leaves_the_data_and_says_so_in_a_line(folder, monke
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "the runs are done" in lines[0], err
     assert read_result(plan.tasks[0])
+
+
+def test_a_manifest_belongs_to_the_tables_beside_it(folder, monkeypatch):
+    plan = plan_of(folder, ["BPR"])
+    finish(plan.tasks[0])
+    run_plan(plan)
+    made = [(plan.out / name).read_text() for name in ("manifest.json", "table.md")]
+    changed = plan_of(folder, ["BPR"], settings={"epochs": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "run_all", lambda tasks, *rest: dict.fromkeys([task.name for task in tasks], "lost"))
+        assert run_plan(changed).empty, "a benchmark that fails leaves both"
+    assert [(plan.out / name).read_text() for name in ("manifest.json", "table.md")] == made
+    finish(changed.tasks[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "plot_bars", lambda *arguments: 1 / 0)
+        with pytest.raises(ReportError):
+            run_plan(changed)
+    assert not (plan.out / "manifest.json").exists(), "some of the tables are new, and some are not"
+    run_plan(changed)
+    assert read_json(plan.out / "manifest.json")["settings"]["BPR"]["epochs"] == "1"
+
+
+def test_two_benchmarks_in_one_folder_are_refused(folder):
+    plan = plan_of(folder, ["BPR"])
+    plan.out.mkdir()
+    with (
+        FileLock(plan.out / ".lock"),
+        pytest.raises(SettingError, match="holds a search, benchmark or study that is running: name another --out"),
+    ):
+        run_plan(plan)
+    assert not (plan.out / "manifest.json").exists()
 
 
 def test_one_seed_gives_json(folder):

@@ -398,8 +398,8 @@ def test_a_search_that_runs_keeps_its_folder(session, data, tmp_path):
     search = plan_of(data, tmp_path / "out")
     search.out.mkdir()
     with (
-        FileLock(search.out / "search.lock"),
-        pytest.raises(SettingError, match="holds a search that is running: name another --out"),
+        FileLock(search.out / ".lock"),
+        pytest.raises(SettingError, match="holds a search, benchmark or study that is running: name another --out"),
     ):
         run_search(search)
     assert not (search.out / "search.json").exists()

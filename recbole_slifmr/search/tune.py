@@ -12,7 +12,7 @@ import pickle
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import monotonic
 from typing import Any, ClassVar, NamedTuple
@@ -22,13 +22,12 @@ import optuna
 import pandas as pd
 import ray
 import torch
-from filelock import FileLock, Timeout
 from ray import tune as ray_tune
 from ray.tune import schedulers
 from ray.tune.search.optuna import OptunaSearch
 
 from recbole_slifmr.errors import DataError, SettingError, one_line
-from recbole_slifmr.files import replace_file, write_json
+from recbole_slifmr.files import hold, replace_file, write_json
 from recbole_slifmr.host.seal import seal, unseal
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.search import outcome
@@ -109,7 +108,7 @@ def run_search(
         shared = ray.put(pack(load_trial_data(search.config(), search.seed))) if read_once else None
         _Watch.search, _Watch.on_tick, _Watch.saved = search, on_tick, 0.0
         search.reports.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_lock(search))
+        stack.enter_context(hold(search.out))
         _check_folder(search, resume)
         write_json(search.out / "search.json", search.identity())
         ended = _fit(search, resume, shared, share, time_budget)
@@ -138,20 +137,6 @@ def _check_folder(search: Search, resume: bool) -> None:
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         raise SettingError(f"{search.out} holds a search with other {', '.join(changed)}: resume it as it was started")
-
-
-@contextlib.contextmanager
-def _lock(search: Search) -> Iterator[None]:
-    """Keep the folder for this search while it runs; the lock of a process that is killed is gone with it."""
-    lock = FileLock(search.out / "search.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise SettingError(f"{search.out} holds a search that is running: name another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _share(search: Search, jobs: int | None, asked: Mapping[str, float] | None) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from recbole_slifmr.errors import ReportError, SettingError, one_line
-from recbole_slifmr.files import replace_file, write_csv, write_json
+from recbole_slifmr.files import hold, replace_file, write_csv, write_json
 from recbole_slifmr.host.own import name_of
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.paths import PROPERTIES
@@ -128,29 +128,32 @@ def run_plan(
         tell: called with what is being done before and after the runs, in a few words.
 
     Raises:
-        SettingError, DataError: for anything that cannot be used, before anything is trained.
+        SettingError, DataError: for anything that cannot be used, before anything is trained; also if a benchmark or
+            study is running in the folder.
         ReportError: if an output cannot be written; ``results.csv`` and the runs are kept.
     """
     if jobs == 1 and not address and not all(map(read_result, plan.tasks)):
         prepare_processes()
     data = DataStore()
-    checked = check(plan.tasks, data, tell)
+    made = manifest(plan, check(plan.tasks, data, tell))
     plan.out.mkdir(parents=True, exist_ok=True)
-    write_json(plan.out / "manifest.json", manifest(plan, checked))
-    take_over(plan.tasks, map(Path, reuse))
-    tell("")
-    states = run_all(plan.tasks, jobs, address, on_tick, data)
-    tell("writing tables and plots")
-    runs, users = collect(plan.tasks)
-    if len(runs):
-        write_csv(plan.out / "results.csv", runs)
-        try:
-            (write or write_outputs)(plan, runs, users, states)
-        except Exception as error:
-            raise ReportError(
-                f"the runs are done and in {plan.out / 'results.csv'}, but a table or plot cannot be written: "
-                f"{one_line(error)}"
-            ) from error
+    with hold(plan.out):
+        take_over(plan.tasks, map(Path, reuse))
+        tell("")
+        states = run_all(plan.tasks, jobs, address, on_tick, data)
+        tell("writing tables and plots")
+        runs, users = collect(plan.tasks)
+        if len(runs):
+            (plan.out / "manifest.json").unlink(missing_ok=True)  # it goes with the old tables, and comes with the new
+            write_csv(plan.out / "results.csv", runs)
+            try:
+                (write or write_outputs)(plan, runs, users, states)
+                write_json(plan.out / "manifest.json", made)
+            except Exception as error:
+                raise ReportError(
+                    f"the runs are done and in {plan.out / 'results.csv'}, but a table or plot cannot be written: "
+                    f"{one_line(error)}"
+                ) from error
     return runs
 
 
