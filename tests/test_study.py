@@ -255,6 +255,27 @@ def test_coldstart_says_who_cannot_score_a_cold_item_and_goes_on_one_page(folder
     assert "cannot score them" in main_page.read_text()
 
 
+def test_noisy_data_hold_all_that_a_model_reads_and_are_written_again_when_the_data_change(folder):
+    changes = {"models": ["BPR", "SLIFMR"], "kinds": ["interaction"], "levels": [0, 0.5]}
+    (data,) = write_data(study_of(folder, "robustness", changes))
+    assert {"tiny.train.inter", "tiny.kg", "tiny.link", "text.npy", "image.npy"} <= {
+        file.name for file in data.iterdir()
+    }
+    file = data / "tiny.train.inter"
+    written = file.read_text(), file.stat().st_mtime_ns
+    assert write_data(study_of(folder, "robustness", changes)) == [data]
+    assert (file.read_text(), file.stat().st_mtime_ns) == written
+    inter = folder / "tiny" / "tiny.inter"
+    inter.write_text("".join(inter.read_text().splitlines(keepends=True)[:-20]))
+    write_data(study_of(folder, "robustness", changes))
+    assert len(file.read_text()) < len(written[0])
+
+
+def test_the_data_of_other_studies_are_not_written(folder):
+    with pytest.raises(SettingError, match="a study of robustness: 'interval' is none"):
+        write_data(study_of(folder, "interval", {"intervals": [1]}))
+
+
 def test_the_only_run_without_noise_of_a_model_that_draws_nothing_stands_for_all_seeds():
     runs = pd.DataFrame(
         [("EASE", 0.0, 1, 0.5), ("EASE", 0.2, 1, 0.4), ("EASE", 0.2, 2, 0.3),

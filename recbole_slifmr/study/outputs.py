@@ -10,12 +10,14 @@ from typing import Any
 import pandas as pd
 
 from recbole_slifmr.data.atomic import write_atomic
-from recbole_slifmr.files import write_csv
+from recbole_slifmr.data.noise import reads
+from recbole_slifmr.errors import SettingError
+from recbole_slifmr.files import hold, replace_folder, write_csv
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.study import plots, statistics, tables
 from recbole_slifmr.study.benchmark import caption, run_plan, shown_metrics, write_outputs, write_runs
 from recbole_slifmr.study.plan import Study
-from recbole_slifmr.study.task import read_result
+from recbole_slifmr.study.task import Task, read_result
 from recbole_slifmr.training.experiment import load_data
 
 
@@ -134,22 +136,41 @@ def _more_lost(users: pd.DataFrame, metric: str, model: str, main: str, kind: st
 
 
 def write_data(study: Study) -> list[Path]:
-    """Write the noisy data of a study as atomic files, once per kind, level and seed.
+    """Write the noisy data of a study of robustness as atomic files, once per kind, level and seed.
+
+    They hold what the model reads that reads most of the study's. What is there already stays if it was written from
+    the same data with the same settings.
 
     Returns:
         the folders, each a data set with a fixed split.
+
+    Raises:
+        SettingError: for a study of another kind, or a folder where another one is running.
+        DataError: for data that cannot be read.
     """
-    folders = {}
-    for task in study.tasks:
-        if task.settings.get("noise") and task.data not in folders:
-            factors = study.factors[task.title]
-            name = f"{factors['noise']}={factors['level']:g}-{task.seed}"
-            folder = study.out / "data" / name / task.dataset
-            if not folder.is_dir():
-                parts = [loader._dataset for loader in load_data(make_config(**task.arguments), task.split_seed)]
-                write_atomic(parts, folder.parent, task.dataset)
-            folders[task.data] = folder
-    return list(folders.values())
+    if study.kind != "robustness":
+        raise SettingError(f"write_data writes the noisy data of a study of robustness: '{study.name}' is none")
+    n_inputs = {title: len(reads(make_config(**task.arguments))) for title, task in study.first_tasks.items()}
+    folders: dict[str, Path] = {}
+    study.out.mkdir(parents=True, exist_ok=True)
+    with hold(study.out):
+        for task in sorted(study.tasks, key=lambda task: -n_inputs[task.title]):
+            if task.settings.get("noise") and task.data not in folders:
+                factors = study.factors[task.title]
+                name = f"{factors['noise']}={factors['level']:g}-{task.seed}"
+                folders[task.data] = _write_noisy(task, study.out / "data" / name)
+    return sorted(folders.values())
+
+
+def _write_noisy(task: Task, folder: Path) -> Path:
+    """Write the data of a task below a folder, unless they are there; ``key`` says what they were written from."""
+    key = folder / "key"
+    if not key.is_file() or key.read_text(encoding="utf-8") != task.key():
+        parts = [loader._dataset for loader in load_data(make_config(**task.arguments), task.split_seed)]
+        with replace_folder(folder) as part:
+            write_atomic(parts, part, task.dataset)
+            (part / "key").write_text(task.key(), encoding="utf-8")
+    return folder / task.dataset
 
 
 # -- refresh interval ---------------------------------------------------------------------------------------------
