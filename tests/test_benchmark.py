@@ -121,6 +121,15 @@ def test_a_random_split_is_the_same_for_all_seeds(folder):
     assert runs.check(plan.tasks[:1]) == runs.check(plan.tasks[1:2]) == runs.check(plan.tasks)
 
 
+def test_the_seed_is_that_of_the_split_and_the_first_of_the_runs(folder):
+    file = folder / "seed.yaml"
+    file.write_text("seed: 5\n")
+    for given, first in (({}, 2020), ({"settings": {"seed": 7}}, 7), ({"config_files": [file]}, 5)):
+        plan = plan_of(folder, ["BPR"], seeds=2, **given)
+        assert [(task.seed, task.split_seed) for task in plan.tasks] == [(first, first), (first + 1, first)]
+    assert plan_of(folder, ["BPR"], settings={"seed": 2020}).tasks == plan_of(folder, ["BPR"]).tasks
+
+
 def test_a_model_that_draws_nothing_is_run_once(folder):
     models = ["BPR", "EASE", "CEASE"]
     plan = plan_of(folder, models=models, seeds=3, settings={"noise": {"interaction_add": 0.1}})
@@ -318,9 +327,19 @@ def test_a_killed_run_says_so(folder, monkeypatch):
         ({"test_mask": "none"}, "test_mask must be one of train_valid, train"),
         ({"params": "nowhere"}, "params: there is no folder nowhere"),
         ({"config_files": ["no.yaml"]}, "config file .*no.yaml not found"),
+        ({"config_files": ["latin.yaml"]}, "config file .*latin.yaml is not YAML"),
+        ({"params": "latin"}, "config file .*BPR.yaml is not YAML"),
+        ({"settings": {"data_path": None}}, "data_path must name a folder, not None"),
+        ({"settings": {"data_path": 1}}, "data_path must name a folder, not 1"),
+        ({"settings": {"seed": "a"}}, "seed must be a whole number from 0, not 'a'"),
+        ({"settings": {"model": "EASE"}}, "model is no setting for all models: name them with --models"),
     ],
 )
-def test_a_plan_that_cannot_work_is_refused(folder, arguments, message):
+def test_a_plan_that_cannot_work_is_refused(folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    (folder / "latin").mkdir()
+    for file in ("latin.yaml", "latin/BPR.yaml"):
+        (folder / file).write_bytes("# größer\nn_layers: 2\n".encode("latin-1"))
     models = arguments.pop("models", ["BPR"])
     with pytest.raises(SettingError, match=message):
         plan_of(folder, models, **arguments)
@@ -381,6 +400,9 @@ def test_the_command_ends_with_the_table(folder, monkeypatch, capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "| BPR |" in shown and "outputs: bench" in shown
+    with pytest.raises(SystemExit) as stop:
+        main(["benchmark", "--dataset=tiny", "--models=BPR", f"--data_path={folder}", "--epochs=abc", "--out=bench2"])
+    assert stop.value.code == 2 and "epochs must be a whole number, not 'abc'" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["benchmark", "--dataset=tiny", "--models=BPRR", f"--data_path={folder}", "--topk=[5]", "--out=bench2"])
     assert stop.value.code == 2 and "unknown model 'BPRR'" in capsys.readouterr().err

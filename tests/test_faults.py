@@ -96,6 +96,7 @@ def test_one_user_has_a_table_of_losses_without_an_interval(folder):
         ("interval", {"intervals": [1, "off"]}, ["ItemCoverage"]),
         ("robustness", {"models": ["SLIFMR", "BPR"], "kinds": ["kg"], "levels": [0, 0.5]}, ["ItemCoverage"]),
         ("sensitivity", {"vary": {"n_layers": [1, 2]}}, ["ItemCoverage"]),
+        ("sensitivity", {"vary": {"exclude_modalities": [[], ["text"]]}}, ["Recall"]),
         ("coldstart", {"models": ["BPR"]}, ["ItemCoverage"]),
         ("ablation", {}, ["ItemCoverage"]),
     ],
@@ -203,6 +204,18 @@ def test_the_caption_says_how_many_users_were_scored_and_which_seed_failed(folde
     assert text.endswith("BPR failed with seed 2021: out of paper.")
     nothing = benchmark.caption(plan, frame[frame["model"] == "SLIFMR"], {**states, "BPR-2020": "lost"})
     assert nothing.endswith("BPR failed: lost.")
+
+
+def test_the_caption_says_how_far_epochs_and_patience_differ(folder):
+    vary = {"epochs": [1, 3], "stopping_step": [4], "cold_items": [0.2]}
+    settings = {**SETTINGS, "data_path": str(folder)}
+    study = make_study("sensitivity", "tiny", {"models": ["BPR"], "vary": vary}, folder, settings=settings, seeds=1)
+    for task in study.tasks:
+        finish(task)
+    frame, _ = runs.collect([study.tasks[0]])
+    text = benchmark.caption(study, frame, {task.name: "done" for task in study.tasks})
+    assert "All models: at most 1 to 3 epochs, patience 4 to 10 evaluations" in text
+    assert "0% to 20% of the items held out of training" in text
 
 
 def test_labels_do_not_break_the_tables():

@@ -145,11 +145,47 @@ def test_a_bad_definition_is_one_line(folder, name, changes, message):
         ({"variants": {"a": 3}}, "must hold settings"),
         ({"variants": ["a"]}, "mapping of label to settings"),
         ({"variants": {"a": {}}, "models": "SLIFMR"}, "models must be a list"),
+        ({"variants": {"a": {}}, "models": ["LightGCN", 5]}, "models must be a list of names, not .'LightGCN', 5.$"),
+        ({"variants": {"a": {}}, "kind": ["a"]}, "kind must be one of variants, robustness"),
+        ({"variants": {1: {}}}, "a variant's label must be text, not 1: put it in quotes"),
+        ({"variants": {"a": {5: 1}}}, "must hold settings"),
+        ({"variants": {"a": {"noise": 5}}, "reference": "b"}, "reference 'b' is none of the variants on these data: a"),
+        ({"variants": {"a": {"seed": 1}, "b": {"seed": 2}}}, "a: seed is the same for all variants: leave it out"),
+        ({"variants": {"a": {}, "b": {"threads": 2}}}, "b: threads is the same for all variants: leave it out"),
+        ({"kind": "robustness", "kinds": "kg", "levels": [0]}, "kinds must be a list of names, not 'kg'"),
+        ({"kind": "robustness", "kinds": ["kg"], "levels": 0}, "levels must be a list of values, not 0"),
+        ({"kind": "interval", "intervals": [[1]]}, "intervals must be a list of values"),
+        ({"kind": "sensitivity", "vary": {5: [1]}}, "SLIFMR has no setting '5'"),
+        ({"kind": "sensitivity", "vary": {"seed": [1, 2]}}, "seed=1: seed is the same for all variants"),
     ],
 )
 def test_a_bad_file_is_one_line(folder, content, message):
     with pytest.raises(SettingError, match=message):
         study_of(folder, own_study(folder, **content))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("robustness", {"noise": {"kg_tail": 0.1}}, "varies noise itself: give --kinds and --levels"),
+        ("interval", {"refresh_interval": 5}, "varies refresh_interval itself: give --intervals"),
+        ("interval", {"self_loop": False}, "varies self_loop itself: give --intervals"),
+        ("ablation", {"data_path": 1}, "data_path must name a folder, not 1"),
+    ],
+)
+def test_settings_that_a_study_would_not_heed_are_refused(folder, name, settings, message):
+    with pytest.raises(SettingError, match=message):
+        study_of(folder, name, settings=settings)
+
+
+def test_the_share_of_cold_items_may_be_given(folder):
+    study = study_of(folder, "coldstart", {"models": ["BPR"]}, settings={"cold_items": 0.4})
+    assert make_config(**study.tasks[0].arguments)["cold_items"] == 0.4
+    assert make_config(**study_of(folder, "coldstart", {"models": ["BPR"]}).tasks[0].arguments)["cold_items"] == 0.2
+
+
+def test_an_option_may_leave_the_reference_out(folder):
+    assert study_of(folder, "interval", {"intervals": [2, "off"]}).reference == ""
 
 
 def test_the_command_reports_a_bad_value_in_one_line(folder, capsys):

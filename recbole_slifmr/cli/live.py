@@ -62,7 +62,8 @@ class LiveTable:
         for task in shown:
             points = read_progress(task)
             state = self.states.get(task.name, "waiting")
-            n_epochs = int(task.settings.get("epochs", 300))
+            n_epochs = task.settings.get("epochs")
+            n_epochs = n_epochs if isinstance(n_epochs, int) else 300  # what is wrong with it is said by its check
             done = n_epochs if state == "done" else len(points)
             best = next((f"{point.score:.4f}" for point in reversed(points) if point.best), "")
             bar = ProgressBar(total=n_epochs, completed=done, width=24)

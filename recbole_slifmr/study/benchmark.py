@@ -13,7 +13,7 @@ import pandas as pd
 from recbole_slifmr.errors import ReportError, SettingError, one_line
 from recbole_slifmr.files import hold, replace_file, write_csv, write_json
 from recbole_slifmr.host.own import name_of
-from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.host.settings import make_config, read_settings
 from recbole_slifmr.paths import PROPERTIES
 from recbole_slifmr.study import plots, statistics, tables
 from recbole_slifmr.study.manifest import manifest
@@ -30,6 +30,15 @@ PROTOCOL = (
     "eval_step",
     "valid_metric",
 )  # the same for all, whatever a file of parameters says
+COMMON = (
+    "model",
+    "dataset",
+    "seed",
+    "threads",
+    "checkpoint_dir",
+    "show_progress",
+    "state",
+)  # a variant has none its own
 DETERMINISTIC = ("EASE", "ItemKNN", "Pop")  # models of RecBole that draw nothing
 ONE_SEED = (
     "one seed: stars and intervals are over the users of one training run and say nothing of how training varies."
@@ -200,7 +209,8 @@ def make_tasks(
         variants: what to run.
         out: folder of the outputs.
         seeds: number of training seeds; a model that draws nothing is run once.
-        config_files: YAML files of settings for all models.
+        config_files: YAML files of settings for all models; ``seed`` among the settings is that of the split and the
+            first of the runs.
         settings: settings for all models, which win over the files.
         params: folder with ``MODEL.yaml`` or ``MODEL/best.yaml``, which win over ``config_files``.
         test_mask: ``train_valid`` or ``train``, see :func:`~recbole_slifmr.training.experiment.run`.
@@ -218,11 +228,21 @@ def make_tasks(
         raise SettingError("seeds and threads must be at least 1")
     if test_mask not in MASKS:
         raise SettingError(f"test_mask must be one of {', '.join(MASKS)}, not '{test_mask}'")
+    for variant in variants:
+        for name in COMMON:
+            if name in variant.settings:
+                raise SettingError(
+                    f"{variant.label or variant.model}: {name} is the same for all variants: leave it out"
+                )
     files = [Path(file).resolve() for file in config_files]
-    for path in files:
-        if not path.is_file():
-            raise SettingError(f"config file {path} not found")
+    given = given_settings(files, settings)
+    if "model" in (settings or {}):
+        raise SettingError("model is no setting for all models: name them with --models")
+    first_seed = given.get("seed", FIRST_SEED)
+    if type(first_seed) is not int or first_seed < 0:
+        raise SettingError(f"seed must be a whole number from 0, not {first_seed!r}")
     common = {"metrics": METRICS, "topk": TOPK, **(settings or {})}
+    common.pop("seed", None)  # each run has one of its own
     if "data_path" in common:
         common["data_path"] = str(Path(common["data_path"]).resolve())
     own_files: dict[str, tuple[str, ...]] = {}
@@ -234,6 +254,7 @@ def make_tasks(
         if file is not None:
             base = make_config(model, dataset, files, common)
             shared[model] = {**common, **{name: base[name] for name in PROTOCOL}}
+            read_settings(file)
             trials = re.search(r"^# trials: (\d+)", file.read_text(encoding="utf-8"), re.MULTILINE)
             tuned[model] = int(trials[1]) if trials else None
         own_files[model] = tuple(str(path) for path in (*files, *([file] if file else [])))
@@ -246,12 +267,27 @@ def make_tasks(
             once = is_deterministic(make_config(model, dataset, list(own_files[model]), values))
         except SettingError:  # what is wrong with a model is told of all models at once, before the runs start
             once = True
-        for seed in range(FIRST_SEED, FIRST_SEED + (1 if once else seeds)):
+        for seed in range(first_seed, first_seed + (1 if once else seeds)):
             task = Task(
-                model, seed, dataset, out, own_files[model], values, FIRST_SEED, test_mask, threads, variant.label
+                model, seed, dataset, out, own_files[model], values, first_seed, test_mask, threads, variant.label
             )
             tasks.append(replace(task, folder=folders.of(task)))
     return tuple(tasks), tuned
+
+
+def given_settings(config_files: Sequence[str | Path], settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what is asked of all models: the files' settings, and over them those given by name.
+
+    Raises:
+        SettingError: for a file that holds no settings, or a ``data_path`` that is none.
+    """
+    given: dict[str, Any] = {}
+    for file in config_files:
+        given |= read_settings(file)
+    given |= settings or {}
+    if not isinstance(given.get("data_path", ""), (str, Path)):
+        raise SettingError(f"data_path must name a folder, not {given['data_path']!r}")
+    return given
 
 
 def is_deterministic(config: Any) -> bool:
@@ -305,20 +341,21 @@ def _params_file(params: str | Path | None, model: str) -> Path | None:
 
 def caption(plan: Benchmark, runs: pd.DataFrame, states: Mapping[str, str]) -> str:
     """Say how the numbers of the table came about."""
-    config = make_config(**plan.tasks[0].arguments)
+    configs = [make_config(**task.arguments) for task in plan.first_tasks.values()]
+    config = configs[0]
     n_seeds = runs.groupby("model")["seed"].nunique()
     seeds = str(n_seeds.iloc[0]) if n_seeds.nunique() == 1 else ", ".join(f"{m}: {n}" for m, n in n_seeds.items())
     split = "fixed split" if config["benchmark_filename"] else f"split {config['eval_args']['split']}"
     items = "training and validation" if plan.test_mask == "train_valid" else "training"
-    n_users = sorted(set(runs["n_users"]))
-    if config["cold_items"]:
-        split += f", {config['cold_items']:.0%} of the items held out of training"
+    if any(each["cold_items"] for each in configs):
+        split += f", {_span((each['cold_items'] for each in configs), '.0%')} of the items held out of training"
+    epochs, patience = (_span(each[name] for each in configs) for name in ("epochs", "stopping_step"))
+    metrics = " or ".join(dict.fromkeys(each["valid_metric"] for each in configs))
     parts = [
         f"{plan.tasks[0].dataset}, {split}, test scores, "
         + (ONE_SEED if seeds == "1" else f"mean ± standard deviation over {seeds} seeds."),
-        f"All models: at most {config['epochs']} epochs, patience {config['stopping_step']} evaluations, best epoch by "
-        f"validation {config['valid_metric']}; items of {items} are not ranked at test time. "
-        f"{' to '.join(map(str, dict.fromkeys((n_users[0], n_users[-1]))))} users with test items are scored.",
+        f"All models: at most {epochs} epochs, patience {patience} evaluations, best epoch by validation {metrics}; "
+        f"items of {items} are not ranked at test time. {_span(runs['n_users'])} users with test items are scored.",
         origin_of_settings(plan),
         f"* p < 0.05, ** p < 0.01 against {plan.reference} (two-sided Wilcoxon signed-rank test over users, Holm)."
         if plan.reference
@@ -326,6 +363,12 @@ def caption(plan: Benchmark, runs: pd.DataFrame, states: Mapping[str, str]) -> s
         *_failures(plan, states),
     ]
     return " ".join(filter(None, parts))
+
+
+def _span(values: Iterable[Any], form: str = "") -> str:
+    """Return the smallest and the largest of the values, or the one that there is."""
+    values = sorted(values)
+    return " to ".join(f"{value:{form}}" for value in dict.fromkeys((values[0], values[-1])))
 
 
 def _failures(plan: Benchmark, states: Mapping[str, str]) -> list[str]:

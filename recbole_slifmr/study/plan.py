@@ -14,7 +14,7 @@ from recbole_slifmr.errors import SettingError
 from recbole_slifmr.host.own import name_of
 from recbole_slifmr.host.settings import make_config, read_settings
 from recbole_slifmr.paths import PROPERTIES
-from recbole_slifmr.study.benchmark import Benchmark, Variant, make_tasks, refuse_twice
+from recbole_slifmr.study.benchmark import Benchmark, Variant, given_settings, make_tasks, refuse_twice
 from recbole_slifmr.training.experiment import load_data
 
 STUDIES = PROPERTIES / "study"
@@ -27,6 +27,16 @@ ALLOWED = {
 }
 GROUPS = {"interaction": "interaction_add", "feature": "feature_swap", "kg": "kg_tail"}  # short for
 COMMON = {"title", "kind", "models", "reference"}
+LISTS = {  # entries that are lists, and of what
+    "models": (str,),
+    "kinds": (str,),
+    "levels": (str, int, float),
+    "intervals": (str, int, float),
+}
+VARIED = {  # what a study itself sets, and how it is told
+    "robustness": {"noise": "--kinds and --levels"},
+    "interval": {"refresh_interval": "--intervals", "self_loop": "--intervals"},
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ def read_study(name: str, changes: Mapping[str, Any] | None = None) -> dict[str,
             raise SettingError(f"no study '{name}': there are {', '.join(study_names())}, or name a YAML file")
     definition = {"title": file.stem, "kind": "variants", "models": ["SLIFMR"], "reference": "", **read_settings(file)}
     kind = definition["kind"]
-    if kind not in ALLOWED:
+    if kind not in list(ALLOWED):  # it may be anything that YAML has
         raise SettingError(f"{file}: kind must be one of {', '.join(ALLOWED)}, not '{kind}'")
     for entry in changes or {}:
         if entry not in ALLOWED[kind] | COMMON:
@@ -79,8 +89,11 @@ def read_study(name: str, changes: Mapping[str, Any] | None = None) -> dict[str,
     for entry in ALLOWED[kind]:
         if entry not in definition:
             raise SettingError(f"{file}: a study of kind '{kind}' needs the entry '{entry}'")
-    if not isinstance(definition["models"], list) or not definition["models"]:
-        raise SettingError(f"{file}: models must be a list of names, not {definition['models']!r}")
+    for entry, types in LISTS.items():
+        values = definition.get(entry, [""])
+        if not isinstance(values, list) or not values or not all(isinstance(value, types) for value in values):
+            what = "names" if types == (str,) else "values"
+            raise SettingError(f"{file}: {entry} must be a list of {what}, not {values!r}")
     refuse_twice(definition["models"])
     return definition
 
@@ -110,6 +123,12 @@ def make_study(
     """
     definition = read_study(name, changes)
     stem = Path(name).stem
+    given = given_settings(config_files, settings)
+    for setting, option in VARIED.get(definition["kind"], {}).items():
+        if setting in (given if setting == "noise" else settings or {}):  # a tuned interval in a file is no wish
+            raise SettingError(f"study '{name}' varies {setting} itself: give {option}")
+    if definition["kind"] == "coldstart":
+        definition["cold_items"] = given.get("cold_items", definition["cold_items"])
     context = _Context(dataset, tuple(config_files), dict(settings or {}))
     variants = list(EXPANSIONS[definition["kind"]](definition, context))
     titles = [variant.label or name_of(variant.model) for variant in variants]
@@ -118,7 +137,10 @@ def make_study(
             raise SettingError(f"study '{name}' has two variants '{title}'")
     reference = definition["reference"]
     if reference and reference not in titles:
-        reference = ""  # --intervals may have left it out
+        if not {"models", "intervals"} & set(changes or {}):
+            raise SettingError(f"study '{name}': reference '{reference}' is none of the variants on these data: "
+                               f"{', '.join(titles)}")  # fmt: skip
+        reference = ""  # the options may have left it out
     folder = Path(out or f"{stem}-{dataset}")
     tasks, tuned = make_tasks(dataset, variants, folder, config_files=config_files, settings=settings, **options)
     return Study(
@@ -149,7 +171,9 @@ def _variants(definition: Mapping[str, Any], context: _Context) -> Iterator[Vari
     if not isinstance(definition["variants"], Mapping):
         raise SettingError("a study's variants are a mapping of label to settings")
     for model, (label, settings) in itertools.product(definition["models"], definition["variants"].items()):
-        if not isinstance(settings, Mapping):
+        if not isinstance(label, str):
+            raise SettingError(f"a variant's label must be text, not {label!r}: put it in quotes")
+        if not isinstance(settings, Mapping) or not all(isinstance(setting, str) for setting in settings):
             raise SettingError(f"variant '{label}' must hold settings, name: value, not {settings!r}")
         has_kg, modalities = context.inputs(model)
         needed = _needs(settings)
@@ -160,13 +184,14 @@ def _variants(definition: Mapping[str, Any], context: _Context) -> Iterator[Vari
             yield Variant(model, settings, prefix + label)
             continue
         for modality in modalities:
-            filled = json.loads(json.dumps(settings).replace("{modality}", modality))
+            filled = json.loads(json.dumps(settings, default=str).replace("{modality}", modality))
             yield Variant(model, filled, prefix + label.replace("{modality}", modality))
 
 
 def _needs(settings: Mapping[str, Any]) -> set[str]:
     """Return which inputs, ``kg`` or ``feature``, the settings are about."""
-    names = [*settings, *(settings.get("noise") or {})]
+    noise = settings.get("noise")
+    names = [*settings, *(map(str, noise) if isinstance(noise, Mapping) else [])]
     of_features = ("use_features", "eta_feature", "exclude_modalities", "modalities", "item_graph_weight")
     needed = set()
     if any(name in ("use_kg", "eta_kg") or name.startswith("kg_") for name in names):
@@ -215,11 +240,12 @@ def _sensitivity(definition: Mapping[str, Any], context: _Context) -> Iterator[V
         raise SettingError(f"vary must name settings and lists of values, not {definition['vary']!r}")
     for model, (setting, values) in itertools.product(definition["models"], definition["vary"].items()):
         config = context.config(model)
-        if setting not in config:
+        if not isinstance(setting, str) or setting not in config:
             raise SettingError(f"vary: {model} has no setting '{setting}'")
         prefix = f"{name_of(model)} " if len(definition["models"]) > 1 else ""
         for value in values if isinstance(values, list) else [values]:
-            factors = {"model": name_of(model), "setting": setting, "value": value, "default": config[setting]}
+            shown = value if isinstance(value, (str, int, float)) else str(value)
+            factors = {"model": name_of(model), "setting": setting, "value": shown, "default": config[setting]}
             yield Variant(model, {setting: value}, f"{prefix}{setting}={value}", factors)
 
 
