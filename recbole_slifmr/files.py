@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,15 @@ def write_json(path: Path, content: Any) -> None:
 def to_json(content: Any, **options: Any) -> str:
     """Return content as JSON: null for a number that JSON does not have (NaN, infinity), other objects as text."""
     return json.dumps(_plain(content), allow_nan=False, default=str, **options)
+
+
+def read_lines(path: Path) -> list[Any]:
+    """Return the values in a file of JSON lines, none if it is missing; a line that was cut off is left out."""
+    values = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            values.append(json.loads(line))
+    return values
 
 
 def _plain(value: Any) -> Any:

@@ -297,7 +297,9 @@ def test_a_smaller_score_is_the_best_on_the_live_display_too(folder):
     task = plan_of(folder, ["BPR"]).tasks[0]
     task.folder.mkdir(parents=True)
     lines = [[0, 1.0, 0.9, True], [1, 2.0, 0.25, True], [2, 3.0, 0.75, False], [3, 4.0, None, False]]
-    (task.folder / "progress.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n[4, 5.0, 0.")
+    (task.folder / "progress.jsonl").write_text(
+        "\n".join(map(json.dumps, lines)) + "\n[4, 5.0, 0.[5, 6.0, 0.5, true]\n[6]\n[7, 8.0, 0."
+    )
     assert len(read_progress(task)) == 4 and math.isnan(read_progress(task)[3].score)
     console = Console(width=100)
     with console.capture() as shown:

@@ -26,6 +26,7 @@ from recbole_slifmr.errors import SettingError, UnknownSettingWarning
 from recbole_slifmr.files import write_json
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.search import tune as tuning
+from recbole_slifmr.search.outcome import last_reports, read_reports, write_report
 from recbole_slifmr.search.plan import make_search
 from recbole_slifmr.search.space import parse_space
 from recbole_slifmr.search.tune import run_search, tune
@@ -323,6 +324,19 @@ out = Path(sys.argv[3])
 search = plan_of(sys.argv[2], out, "SLIFMR", trials=3, scheduler="none", settings={"epochs": 40, "prune_ratio": 0.2})
 run_search(search, resume="resume" in sys.argv, resources={"cpu": 1})
 """
+
+
+def test_a_report_that_was_cut_off_ends_no_search(data, tmp_path):
+    search = plan_of(data, tmp_path / "out")
+    search.reports.mkdir(parents=True)
+    file = search.reports / "t1.jsonl"
+    write_report(search, "t1", {"epoch": 1, "finished": False})
+    whole = file.read_text()
+    file.write_text(whole + whole[:9])
+    write_report(search, "t1", {"epoch": 2, "finished": True})
+    assert [entry["epoch"] for entry in read_reports(search, "t1")] == [1, 2]
+    file.write_text(whole[:9] + whole)  # as written before: the next report on the line that was cut off
+    assert read_reports(search, "t1") == [] and last_reports(search) == {}
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import yaml
 
-from recbole_slifmr.files import replace_file, to_json, write_csv
+from recbole_slifmr.files import read_lines, replace_file, to_json, write_csv
 from recbole_slifmr.search.plan import Search
 from recbole_slifmr.search.space import Point
 from recbole_slifmr.study import plots, statistics, tables
@@ -54,17 +54,19 @@ class Ended(NamedTuple):
 
 
 def write_report(search: Search, trial: str, entry: Mapping[str, Any]) -> None:
-    """Write down what a trial reported."""
-    with (search.reports / f"{trial}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(to_json(entry) + "\n")
+    """Write down what a trial reported, on a line of its own whatever was cut off before."""
+    with (search.reports / f"{trial}.jsonl").open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+        file.write((to_json(entry) + "\n").encode())
 
 
 def read_reports(search: Search, trial: str) -> list[dict[str, Any]]:
     """Return what a trial reported, once for an epoch that was repeated; a line that was cut off is left out."""
-    file = search.reports / f"{trial}.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    entries = [json.loads(line) for line in lines if line.endswith("}")]
-    return list({entry["epoch"]: entry for entry in entries}.values())
+    entries = read_lines(search.reports / f"{trial}.jsonl")
+    return list({entry["epoch"]: entry for entry in entries if isinstance(entry, dict)}.values())
 
 
 def last_reports(search: Search) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ import yaml
 
 from recbole_slifmr.data.dataset import SETTINGS
 from recbole_slifmr.errors import DataError, one_line
-from recbole_slifmr.files import replace_file, to_json, write_json
+from recbole_slifmr.files import read_lines, replace_file, to_json, write_json
 from recbole_slifmr.host.own import name_of
 from recbole_slifmr.study.identity import input_hashes
 from recbole_slifmr.training.memory import peak_memory_mb
@@ -221,9 +221,8 @@ def read_error(task: Task) -> str:
 
 def read_progress(task: Task) -> list[Point]:
     """Return the validations so far."""
-    path = task.folder / "progress.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    points = [Point(*json.loads(line)) for line in lines if line.endswith("]")]
+    values = read_lines(task.folder / "progress.jsonl")
+    points = [Point(*value) for value in values if isinstance(value, list) and len(value) == len(Point._fields)]
     return [point._replace(score=number(point.score)) for point in points]
 
 
