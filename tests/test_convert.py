@@ -425,6 +425,21 @@ def convert_shop(folder, out, **files):
     return convert_tables(folder / "shop.csv", out, columns=SHOP, **files)
 
 
+def test_lines_may_end_with_carriage_returns(tables, tmp_path):
+    text = (tables / "shop.csv").read_text()
+    for name, end in (("unix", "\n"), ("mac", "\r"), ("windows", "\r\n")):
+        (tables / "shop.csv").write_bytes(text.replace("\n", end).encode())
+        convert_tables(tables / "shop.csv", tmp_path / "out", name, columns=SHOP)
+    unix, *others = (tmp_path / "out" / name / f"{name}.inter" for name in ("unix", "mac", "windows"))
+    assert all(other.read_bytes() == unix.read_bytes() for other in others)
+
+
+def test_a_column_with_infinity_is_no_column_of_numbers(tables, tmp_path):
+    (tables / "items.csv").write_text("what,age,size\nb0,1,1\nb1,inf,2\nb2,2,3\n")
+    folder = convert_shop(tables, tmp_path / "out", items=tables / "items.csv").folder
+    assert read(folder / "shop.item").columns.tolist() == ["item_id:token", "age:token", "size:float"]
+
+
 def test_items_keep_their_columns_with_recbole_s_types(tables, tmp_path):
     folder = convert_shop(tables, tmp_path / "out", items=tables / "items.csv").folder
     assert read(folder / "shop.inter").columns.tolist() == [
@@ -485,6 +500,8 @@ def test_features_of_several_files_are_put_in_one_order(tables, tmp_path):
         ("shop.csv", "who,what,stars,when\nu,b,1,2\nu,b,NA,2\n", "line 3: 'stars' must be a number, not 'NA'"),
         ("shop.csv", 'who,what,stars,when\nu,b,1,2\nu,"a\tb",1,2\n', "line 3: 'what' holds a tab or a line break"),
         ("shop.csv", "who,what,stars,when\nu,b,1,2\nu,b,good,2\n", "line 3: 'stars' must be a number, not 'good'"),
+        ("shop.csv", "who,what,stars,when\nu,b,1,2\nu,b,-inf,2\n", "line 3: 'stars' must be a number, not '-inf'"),
+        ("shop.csv", f"who,what,stars,{'w' * 200_000}\nu,b,1,2\n", "line 1 cannot be read: field larger than"),
         ("shop.csv", "who,what,stars,when\nu,b,1,2\nu,b,1,2,3\n", "line 3: 5 values, but the first line names 4"),
         ("shop.csv", b"who,what,stars,when\nu,b,1,2\nu,\xe9,1,2\n", "shop.csv, line 3: not UTF-8"),
         ("shop.csv", b"who\xe9,what,stars,when\nu,b,1,2\n", "shop.csv, line 1: not UTF-8"),

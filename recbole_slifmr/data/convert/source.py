@@ -74,14 +74,19 @@ class DelimitedFile:
 
     def __init__(self, path: Path, what: str, separator: str | None = None, open_file: Open = open_binary) -> None:
         self.path, self.what, self.open_file = find_file(path, what), what, open_file
-        with path.open("rb") as lines:
+        with path.open(
+            encoding="utf-8-sig"
+        ) as lines:  # which ends lines at a lone carriage return too, as pyarrow does
             try:
-                header = lines.readline().decode("utf-8-sig").rstrip("\r\n")
+                header = lines.readline().rstrip("\n")
             except UnicodeDecodeError:
                 check_utf8(path)
                 raise
         self.separator = separator or max(SEPARATORS, key=header.count)
-        self.columns = next(csv.reader([header], delimiter=self.separator), [])
+        try:
+            self.columns = next(csv.reader([header], delimiter=self.separator), [])
+        except csv.Error as error:
+            raise DataError(f"{path}, line 1 cannot be read: {error}: it should name the columns") from None
         twice = [name for name in self.columns if name and self.columns.count(name) > 1]
         if twice:
             raise DataError(f"{path}, line 1: the column '{twice[0]}' is there twice: rename one")
@@ -134,9 +139,12 @@ class DelimitedFile:
         """Yield the rows one by one, blank lines left out, each with the number of its last line."""
         with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
             reader = csv.reader(lines, delimiter=self.separator)
-            for row in reader:
-                if row:
-                    yield reader.line_num, row
+            try:
+                for row in reader:
+                    if row:
+                        yield reader.line_num, row
+            except csv.Error as error:
+                raise DataError(f"{self.path}, line {reader.line_num} cannot be read: {error}: mend the line") from None
 
     def _check_lengths(self) -> None:
         for line, row in self._rows():
@@ -173,13 +181,13 @@ class DelimitedFile:
             )
 
     def numbers(self, column: pd.Series, rows_before: int = 0) -> pd.Series:
-        """Return a column of numbers, checked; an empty value becomes NaN.
+        """Return a column of finite numbers, checked; an empty value becomes NaN.
 
         Raises:
             DataError: naming the first line that holds something else.
         """
         values = pd.to_numeric(column.where(column != "", None), errors="coerce")
-        bad = (values.isna() & (column != "")).to_numpy()
+        bad = ((values.isna() | np.isinf(values.astype(float))) & (column != "")).to_numpy()
         if bad.any():
             row = int(bad.argmax())
             raise DataError(

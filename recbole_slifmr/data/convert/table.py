@@ -135,7 +135,7 @@ def _add_items(atomic: AtomicFolder, table: DelimitedFile, columns: Columns) -> 
 def _typed(values: pd.Series, name: str) -> tuple[str, pd.Series]:
     """Return a column under its name and RecBole's type."""
     filled = values[values.str.strip() != ""]
-    if len(filled) and pd.to_numeric(filled, errors="coerce").notna().all():
+    if len(filled) and np.isfinite(pd.to_numeric(filled, errors="coerce").astype(float)).all():
         return f"{name}:float", values.str.strip()
     values = values.str.replace(r"\s+", " ", regex=True).str.strip()
     return f"{name}:{'token_seq' if values.str.contains(' ', regex=False).any() else 'token'}", values
