@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 
@@ -28,6 +29,21 @@ class ProcessError(RuntimeError):
 
 class ReportError(RuntimeError):
     """The runs are done and kept, but their tables or plots could not be written."""
+
+
+def not_written(path: str | os.PathLike[str], error: OSError) -> SettingError | StorageError:
+    """Return what to raise where a file or folder cannot be written.
+
+    Args:
+        path: the file or folder.
+        error: what was raised.
+
+    Returns:
+        a ``SettingError`` where another place will do, a ``StorageError`` where the disk is full or fails.
+    """
+    places = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+    kind = SettingError if isinstance(error, places) else StorageError
+    return kind(f"{path} cannot be written: {error.strerror or error}")
 
 
 def name_some(tokens: Sequence[str], most: int = 5) -> str:

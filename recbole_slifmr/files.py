@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -19,13 +20,21 @@ from recbole_slifmr.errors import SettingError
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Write a file whole or not at all; an ``OSError`` names it."""
+    try:
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    except ValueError:  # "." and the like
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path)) from None
     try:
         write(part)
         part.replace(path)
+    except OSError as error:
+        if error.filename in (None, os.fspath(part)):
+            error.filename = os.fspath(path)
+        raise
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 @contextmanager

@@ -300,6 +300,7 @@ def test_the_command_writes_the_page_and_says_where(tmp_path, capsys):
     "name, content, says",
     [
         ("manifest.json", '{"a": ', "is not JSON"),
+        ("manifest.json", '{"a": ' + "9" * 5000 + "}", "is not JSON"),
         ("results.csv", "", "is empty"),
         ("results.csv", "a,b\n1,2\n3", "line 3: 1 columns, but the header has 2"),
         ("results.csv", 'a,b\n1,"2', "line 2: unexpected end of data"),
@@ -315,6 +316,11 @@ def test_a_broken_file_is_named_and_the_page_of_before_stays(tmp_path, capsys, n
     error = refused(folder, capsys, "--out", out)
     assert f"{name}" in error and says in error
     assert out.read_text() == "before" and sorted(tmp_path.iterdir()) == [folder, out]
+
+
+def test_a_table_may_have_no_rows(tmp_path):
+    (tmp_path / "trials.csv").write_text("trial,score\n")
+    assert "score" in write_page([tmp_path], tmp_path / "report.html").read_text()
 
 
 def test_a_cut_off_picture_is_broken(tmp_path):

@@ -1,6 +1,7 @@
 """From a checkpoint to recommendations, explanations and embeddings; what is no checkpoint of these data is refused."""
 
 import csv
+import errno
 import importlib.util
 import io
 import json
@@ -177,6 +178,7 @@ BAD = {
     "nobody": ([], "name users with --users"),
     "users twice": (["--users=u1", "--all"], "name users with --users"),
     "no folder": (["--all", "--out=no/out.csv"], "no/out.csv cannot be written: there is no folder no"),
+    "the folder itself": (["--similar-items=i1", "--out=."], ". cannot be written: Is a directory"),
     "parquet on the terminal": (["--all", "--format=parquet"], "parquet is for files"),
     "explaining everybody": (["--all", "--explain"], "--explain is for users"),
     "explaining in a flat file": (["--users=u1", "--explain", "--out=out.csv"], "explanations are nested"),
@@ -296,6 +298,43 @@ def test_the_index_finds_what_the_model_ranks_first(trained, capsys):
     arguments = ["--all", "--k=3", "--include-seen"]
     ranked = [row["item"] for row in rows(slifmr(capsys, "recommend", "--checkpoint", plain, *arguments).out)]
     assert [items[i] for i in found.flatten()] == ranked
+
+
+def test_an_export_takes_the_place_of_an_earlier_one(trained, capsys, monkeypatch):
+    Path("vectors").mkdir()
+    Path("vectors/mine.txt").touch()
+    for model, files in (
+        ("SLIFMR", {"items.npy", "items.txt", "users.npy", "users.txt", "weights.npz"}),
+        ("EASE", {"items.npy", "items.txt", "users.npy", "users.txt", "weights.npz"}),  # refused
+        ("CEASE", {"items.txt", "weights.npz"}),
+        ("BPR", {"items.npy", "items.txt", "users.npy", "users.txt"}),
+    ):
+        slifmr(capsys, "export", "--checkpoint", trained(model), "--out=vectors")
+        assert set(os.listdir("vectors")) == {"mine.txt", *files}, model
+    before = Path("vectors/users.npy").read_bytes()
+    monkeypatch.setattr(np, "save", full)
+    done = slifmr(capsys, "export", "--checkpoint", trained(), "--out=vectors")
+    assert done.status == 1 and done.error == "error: vectors cannot be written: No space left on device"
+    assert set(os.listdir("vectors")) == {"mine.txt", *files} and Path("vectors/users.npy").read_bytes() == before
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_one_line_and_status_1(trained, capsys, monkeypatch):
+    monkeypatch.setattr(recommend, "_write_text", full)
+    done = slifmr(capsys, "recommend", "--checkpoint", trained("BPR"), "--all", "--out=out.csv")
+    assert done.status == 1 and done.error == "error: out.csv cannot be written: No space left on device"
+    assert os.listdir() == []
+
+
+def test_a_file_of_tokens_may_begin_with_a_byte_order_mark(trained, capsys):
+    Path("users").write_bytes(b"\xef\xbb\xbfu1\n")
+    Path("items").write_bytes(b"\xef\xbb\xbfi1,i2\n")
+    for option in ("--users-file=users", "--histories=items"):
+        done = slifmr(capsys, "recommend", "--checkpoint", trained("EASE"), option, "--k=1")
+        assert done.status == 0 and len(rows(done.out)) == 1
 
 
 def test_what_cannot_be_exported_is_said(trained, capsys, monkeypatch):

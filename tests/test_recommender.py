@@ -15,7 +15,7 @@ import torch
 from recbole_slifmr import Recommender
 from recbole_slifmr.cli import main
 from recbole_slifmr.data.history import History
-from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.errors import DataError, SettingError, StorageError
 from recbole_slifmr.serve.newcomers import recommend_for, scorer
 
 N_USERS, N_ITEMS = 30, 20
@@ -206,7 +206,7 @@ def test_save_replaces_nothing_else_and_leaves_nothing_half_written(trained, mon
     monkeypatch.setattr(
         "recbole_slifmr.serve.recommender.write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
     )
-    with pytest.raises(SettingError, match="kept cannot be written: full"):
+    with pytest.raises(StorageError, match="kept cannot be written: full"):
         trained("BPR").save("kept")
     assert sorted(path.name for path in Path("kept").rglob("*")) == before and sorted(os.listdir()) == ["kept", "mine"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -58,9 +60,10 @@ for command in (
 
 
 def _invoke(command: click.Command, name: str, arguments: Sequence[str] | None) -> int:
-    """Run a command; return its exit status, 2 with one line on stderr for bad input."""
+    """Run a command; return its exit status, with one line on stderr 2 for bad input and 1 for what else fails."""
     try:
         command.main(list(sys.argv[1:] if arguments is None else arguments), prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
     except (DataError, SettingError, UnknownSettingWarning) as error:
         click.echo(f"error: {error}", err=True)
         return BAD_INPUT
@@ -71,10 +74,31 @@ def _invoke(command: click.Command, name: str, arguments: Sequence[str] | None) 
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except OSError as error:
+        _drop_output()
+        if not isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+            click.echo(f"error: {_describe(error)}", err=True)
+        return FAILED
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)
         return 130
     return 0
+
+
+def _describe(error: OSError) -> str:
+    """Return what the system refused, where, and what to look at."""
+    where = "the output" if error.filename is None else os.fsdecode(error.filename)
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"{where} cannot be written or read: {reason}; check the path, its rights and the room on its disk"
+
+
+def _drop_output() -> None:
+    """Where the output cannot be written, let go of the rest: Python would try again when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # of a stand-in without a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

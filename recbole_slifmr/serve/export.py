@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import numpy as np
 import scipy.sparse
 from torch import Tensor
 
-from recbole_slifmr.errors import SettingError
-from recbole_slifmr.files import replace_file
+from recbole_slifmr.errors import SettingError, not_written
 from recbole_slifmr.model.linear import LinearRecommender
 from recbole_slifmr.nn.linear import Matrix, top_weights
 from recbole_slifmr.serve.trained import Trained
+
+FILES = ("users.npy", "users.txt", "items.npy", "items.txt", "items.faiss", "weights.npz")
 
 
 def export(trained: Trained, out: Path, with_faiss: bool = False, n_weights: int = 200) -> list[Path]:
@@ -26,7 +28,8 @@ def export(trained: Trained, out: Path, with_faiss: bool = False, n_weights: int
     SLIFMR with a linear branch there are both, and the score is the sum of both.
 
     ``users.npy`` and ``items.npy`` are float32, a row per user or item without the padding row; ``users.txt`` and
-    ``items.txt`` hold the token of each row, one a line.
+    ``items.txt`` hold the token of each row, one a line. All of them take the place of those of an earlier export at
+    once; nothing else in the folder is changed.
 
     Args:
         trained: the model.
@@ -38,7 +41,8 @@ def export(trained: Trained, out: Path, with_faiss: bool = False, n_weights: int
         the files.
 
     Raises:
-        SettingError: if the model has no such representations, FAISS is missing or the folder cannot be written.
+        SettingError: if the model has no such representations, FAISS is missing or the folder cannot be written there.
+        StorageError: if the disk is full or fails; the files of an earlier export stay.
     """
     if with_faiss and importlib.util.find_spec("faiss") is None:
         raise SettingError("--faiss needs FAISS: pip install faiss-cpu, or this package with its extra 'ann'")
@@ -46,40 +50,46 @@ def export(trained: Trained, out: Path, with_faiss: bool = False, n_weights: int
         if with_faiss:
             raise SettingError(f"--faiss is for vectors: {trained.config['model']} has weights between items")
         weights = _largest(trained.model.weights, n_weights)
-        return _write(
-            lambda: [_write_weights(out, weights), _write_tokens(out / "items.txt", trained.item_tokens)], out
-        )
+
+        def write(folder: Path) -> None:
+            _write_weights(folder, weights)
+            _write_tokens(folder / "items.txt", trained.item_tokens)
+
+        return _replace(out, write)
     users, items = (_rows(embeddings) for embeddings in trained.embeddings())
     branch = trained.linear_branch
     if branch is None:
-        return _write(lambda: _write_vectors(trained, out, users, items, with_faiss), out)
+        return _replace(out, lambda folder: _write_vectors(trained, folder, users, items, with_faiss))
     if with_faiss:
         raise SettingError("--faiss is for scores that are inner products: a linear branch adds to them here")
     weights = _largest(branch.weights, n_weights) * np.float32(branch.scale)
-    return _write(
-        lambda: [*_write_vectors(trained, out, users, items, False), _write_weights(out, weights)],
-        out,
-    )
+
+    def write_both(folder: Path) -> None:
+        _write_vectors(trained, folder, users, items, False)
+        _write_weights(folder, weights)
+
+    return _replace(out, write_both)
 
 
-def _write(write: Callable[[], list[Path]], out: Path) -> list[Path]:
+def _replace(out: Path, write: Callable[[Path], None]) -> list[Path]:
+    """Have files written into a folder beside those of an earlier export, then put them in their place."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return write()
+        with tempfile.TemporaryDirectory(prefix=".export.", dir=out) as part:
+            write(Path(part))
+            for name in FILES:
+                (out / name).unlink(missing_ok=True)
+            return [file.replace(out / file.name) for file in (Path(part) / name for name in FILES) if file.is_file()]
     except OSError as error:
-        raise SettingError(f"{out} cannot be written: {error.strerror or error}") from error
+        raise not_written(out, error) from error
 
 
-def _write_vectors(trained: Trained, out: Path, users: np.ndarray, items: np.ndarray, with_faiss: bool) -> list[Path]:
-    files = []
+def _write_vectors(trained: Trained, folder: Path, users: np.ndarray, items: np.ndarray, with_faiss: bool) -> None:
     for name, rows, tokens in (("users", users, trained.user_tokens), ("items", items, trained.item_tokens)):
-        files.append(out / f"{name}.npy")
-        replace_file(files[-1], lambda part, rows=rows: _save(part, rows))  # type: ignore[misc]
-        files.append(_write_tokens(out / f"{name}.txt", tokens))
+        np.save(folder / f"{name}.npy", rows)
+        _write_tokens(folder / f"{name}.txt", tokens)
     if with_faiss:
-        files.append(out / "items.faiss")
-        replace_file(files[-1], lambda part: _save_index(part, items))
-    return files
+        _write_index(folder / "items.faiss", items)
 
 
 def _largest(weights: Matrix, n_weights: int) -> scipy.sparse.csc_array:
@@ -87,35 +97,24 @@ def _largest(weights: Matrix, n_weights: int) -> scipy.sparse.csc_array:
     return top_weights(weights, n_weights)[1:, 1:].astype(np.float32)
 
 
-def _write_weights(out: Path, weights: scipy.sparse.csc_array) -> Path:
-    file = out / "weights.npz"
-    replace_file(file, lambda part: _save_sparse(part, weights))
-    return file
+def _write_weights(folder: Path, weights: scipy.sparse.csc_array) -> None:
+    scipy.sparse.save_npz(folder / "weights.npz", weights)
 
 
-def _write_tokens(file: Path, tokens: np.ndarray) -> Path:
-    text = "".join(f"{token}\n" for token in tokens[1:])
-    replace_file(file, lambda part: part.write_text(text, encoding="utf-8"))
-    return file
+def _write_tokens(file: Path, tokens: np.ndarray) -> None:
+    file.write_text("".join(f"{token}\n" for token in tokens[1:]), encoding="utf-8")
 
 
 def _rows(embeddings: Tensor) -> np.ndarray:
     return np.ascontiguousarray(embeddings[1:].detach().cpu().numpy(), dtype=np.float32)
 
 
-def _save(path: Path, rows: np.ndarray) -> None:
-    with path.open("wb") as file:  # given a name, numpy adds .npy to it
-        np.save(file, rows)
-
-
-def _save_sparse(path: Path, weights: scipy.sparse.csc_array) -> None:
-    with path.open("wb") as file:
-        scipy.sparse.save_npz(file, weights)
-
-
-def _save_index(path: Path, rows: np.ndarray) -> None:
+def _write_index(path: Path, rows: np.ndarray) -> None:
     import faiss
 
     index: Any = faiss.IndexFlatIP(rows.shape[1])
     index.add(rows)
-    faiss.write_index(index, str(path))
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        raise OSError(" ".join(str(error).split())) from error

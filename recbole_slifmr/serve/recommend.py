@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recbole_slifmr.data.history import History
-from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.errors import DataError, SettingError, not_written
 from recbole_slifmr.files import replace_file
 from recbole_slifmr.serve.trained import Trained
 
@@ -138,7 +138,8 @@ def write_tables(tables: Iterable[pd.DataFrame], kind: str, out: Path | None, st
         the number of rows.
 
     Raises:
-        SettingError: if the file cannot be written or parquet is to go to ``stdout``.
+        SettingError: if the file cannot be written where it should be, or parquet is to go to ``stdout``.
+        StorageError: if the disk is full or fails.
     """
     if out is None:
         if kind == "parquet":
@@ -159,7 +160,7 @@ def write_tables(tables: Iterable[pd.DataFrame], kind: str, out: Path | None, st
     try:
         replace_file(out, write)
     except OSError as error:
-        raise SettingError(f"{out} cannot be written: {error.strerror or error}") from error
+        raise not_written(out, error) from error
     return n_rows
 
 

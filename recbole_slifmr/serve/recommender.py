@@ -21,7 +21,7 @@ import pandas as pd
 
 from recbole_slifmr.data.convert.frames import NAME, as_tokens, convert_frames, find_column, is_whole, tokens_of
 from recbole_slifmr.data.new_items import read_new_items
-from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
+from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning, not_written
 from recbole_slifmr.files import replace_folder, write_json
 from recbole_slifmr.serve.evaluate import evaluate
 from recbole_slifmr.serve.explain import make_explainer
@@ -275,7 +275,8 @@ class Recommender:
         Features that the setting ``feature_path`` takes from elsewhere stay there.
 
         Raises:
-            SettingError: if there is something else, or it cannot be written.
+            SettingError: if there is something else, or it cannot be written there.
+            StorageError: if the disk is full or fails.
         """
         path, name = Path(path), self.trained.config["dataset"]
         if path.exists() and not (path / ABOUT).is_file() and not (path.is_dir() and not any(path.iterdir())):
@@ -290,7 +291,7 @@ class Recommender:
                         shutil.copyfile(file, folder / DATA / name / file.name)
                 write_json(folder / ABOUT, about)
         except OSError as error:
-            raise SettingError(f"{path} cannot be written: {error.strerror or error}") from error
+            raise not_written(path, error) from error
 
     @classmethod
     def load(cls, path: str | Path, model: str | None = None) -> Recommender:

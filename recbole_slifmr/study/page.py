@@ -27,7 +27,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from recbole_slifmr import __version__
-from recbole_slifmr.errors import DataError, SettingError
+from recbole_slifmr.errors import DataError, SettingError, not_written
 from recbole_slifmr.files import replace_file
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -126,7 +126,8 @@ def write_page(folders: Sequence[str | Path], out: str | Path = "report.html") -
 
     Raises:
         DataError: for a folder that does not exist, holds nothing to show, or has a file that cannot be read.
-        SettingError: if ``out`` is no HTML file or cannot be written.
+        SettingError: if ``out`` is no HTML file or cannot be written there.
+        StorageError: if the disk is full or fails.
     """
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
@@ -154,7 +155,7 @@ def write_page(folders: Sequence[str | Path], out: str | Path = "report.html") -
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out, lambda part: part.write_text(page, encoding="utf-8", errors="replace"))
     except OSError as error:
-        raise SettingError(f"--out={out}: cannot be written ({error.strerror})") from None
+        raise not_written(f"--out={out}", error) from None
     return out
 
 
@@ -254,7 +255,7 @@ def _read_text(file: Path) -> str:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(_read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a ValueError too: a number of more digits than Python reads
         raise DataError(f"{file} is not JSON ({error}): run the command that wrote it again") from None
     return content if isinstance(content, dict) else {"": content}
 
@@ -357,7 +358,7 @@ def _records(name: str, records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], n_rows: int | None = None) -> Table:
-    columns = itertools.zip_longest(*rows)
+    columns = itertools.zip_longest(*rows) if rows else [()] * len(header)
     numeric = [any(column) and all(_is_number(cell) for cell in column if cell) for column in columns]
     return Table(title, header, rows[:MAX_ROWS], len(rows) if n_rows is None else n_rows, numeric)
 
