@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import write_tiny
 
-from recbole_slifmr.cli import run_script
+from recbole_slifmr.cli import main, run_script
 from recbole_slifmr.errors import SettingError
 from recbole_slifmr.host.settings import parse_settings
 from recbole_slifmr.paths import ROOT
@@ -298,6 +298,28 @@ BAD = {
         "ItemKNN is not trained by gradients",
     ),
     "several processes that write one file": (["--save_dataset=True", "--nproc=2"], "save_dataset: RecBole reads"),
+    "no epochs": (["--epochs=0"], "epochs must be 1 or more, not 0"),
+    "no batch": (["--train_batch_size=-1"], "train_batch_size must be 1 or more, not -1"),
+    "no evaluation batch": (["--eval_batch_size=0"], "eval_batch_size must be 1 or more, not 0"),
+    "no name of a data set": (["--dataset="], "dataset: '' is no name of a data set"),
+    "a path as a data set": (["--dataset=/"], "dataset: '/' is no name of a data set"),
+    "no name of a model": (["--model="], "unknown model ''"),
+    "a number as a metric": (["--valid_metric=5"], "valid_metric must be a word, not 5"),
+    "no metric": (["--valid_metric=None"], "valid_metric must be a word, not None"),
+    "a number as the learner": (["--learner=5"], "learner must be a word, not 5"),
+    "digits below none": (["--loss_decimal_place=-1"], "loss_decimal_place must be 0 or more, not -1"),
+    "clipping by a number": (["--model=LightGCN", "--clip_grad_norm=5"], "clip_grad_norm must be a dict, not 5"),
+    "clipping without a norm": (
+        ["--model=LightGCN", "--clip_grad_norm={max: 5}"],
+        "clip_grad_norm: missing a required argument: 'max_norm': write it as {max_norm: 5}",
+    ),
+    "RecBole's: a negative size": (["--model=LightGCN", "--embedding_size=-3"], "negative dimension -3"),
+    "RecBole's: a word as a size": (["--model=LightGCN", "--embedding_size=abc"], "embedding_size must be a whole"),
+    "RecBole's: no layers": (["--model=LightGCN", "--n_layers=None"], "n_layers must be a whole number, not None"),
+    "RecBole's: a word as a weight": (["--model=LightGCN", "--reg_weight=abc"], "reg_weight must be a number"),
+    "RecBole's: a list as a size": (["--model=NeuMF", "--mlp_hidden_size=5"], "TypeError: "),
+    "RecBole's: no negatives": (["--model=BPR", "--train_neg_sample_args=None"], "BPR learns from sampled negative"),
+    "RecBole's: no labels": (["--model=FM", "--valid_metric=AUC", "--metrics=[AUC]"], "FM learns from labels"),
     "several processes and a bad setting": (["--nproc=2", "--epochs=abc"], "epochs must be a whole number"),
 }
 
@@ -306,8 +328,7 @@ BAD = {
 def test_bad_input_is_one_line_and_status_2(work, case, monkeypatch, capsys):
     arguments, message = BAD[case]
     defaults = [a for a in ("--model=SLIFMR", "--dataset=tiny") if not any(b.startswith(a[:5]) for b in arguments)]
-    if not any(a.startswith("--topk") for a in arguments):
-        arguments = ["--topk=[5]", "--valid_metric=Recall@5", *arguments]
+    defaults += [a for a in ("--topk=[5]", "--valid_metric=Recall@5") if not any(b[:6] == a[:6] for b in arguments)]
     monkeypatch.chdir(work)
     (work / "words.yaml").write_text("just words\n")
     (work / "bad.yaml").write_text("a: [1\n")
@@ -317,6 +338,46 @@ def test_bad_input_is_one_line_and_status_2(work, case, monkeypatch, capsys):
     said = capsys.readouterr().err.strip().splitlines()
     assert message in said[-1]
     assert not list(work.rglob("*.pth")), "nothing is saved"
+
+
+PLACES = {
+    "a file in place of the folder": (["convert", "csv", "--interactions=pairs.csv", "--out=words.yaml"], "words.yaml"),
+    "a name that is too long": (["convert", "csv", "--interactions=pairs.csv", f"--name={'x' * 300}"], "too long"),
+    "no folder for checkpoints": (["train", "--model=BPR", "--checkpoint_dir=words.yaml"], "words.yaml"),
+    "no folder for the log": (["train", "--model=BPR"], "log"),
+    "no folder for a survey": (["inspect", "tiny", "--out=words.yaml", *FAST[2:]], "words.yaml"),
+    "no folder for runs": (["benchmark", "--models=BPR", "--seeds=1", "--out=words.yaml"], "words.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_what_cannot_be_written_is_one_line_and_status_1(work, case, monkeypatch, capsys):
+    arguments, where = PLACES[case]
+    monkeypatch.chdir(work)
+    (work / "words.yaml").write_text("just words\n")
+    (work / "pairs.csv").write_text("user_id,item_id,rating,timestamp\nu,i,1,2\n")
+    (work / "log").touch()  # a file, so that no log can be kept
+    if case != "no folder for the log":
+        (work / "log").unlink()
+    if arguments[0] in ("train", "benchmark"):
+        arguments = [*arguments, "--dataset=tiny", *FAST]
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 1 and said[-1].startswith("error: ") and where in said[-1]
+    assert "cannot be written or read: " in said[-1] and "Traceback" not in "".join(said)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_that_cannot_be_written_is_one_line_and_status_1(tmp_path):
+    program = [sys.executable, "-c", "from recbole_slifmr.cli import main; main()", "--version"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(program, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: the output cannot be written or read: No space left on device; check the path, its rights and the room "
+        "on its disk"
+    ]
 
 
 def test_bad_input_from_the_shell(work):

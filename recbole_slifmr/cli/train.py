@@ -108,8 +108,8 @@ def _rows(names: Sequence[str]) -> list[list[str]]:
 
 
 def _train(
-    model: str,
-    dataset: str,
+    model: str | None,
+    dataset: str | None,
     config_files: str | None,
     resume: str | None,
     verbose: bool,
@@ -121,8 +121,8 @@ def _train(
     chosen: dict[str, Any] = {}
     for file in files:
         chosen.update(read_settings(file))
-    model = model or chosen.get("model") or "SLIFMR"
-    dataset = dataset or chosen.get("dataset") or "ml-100k"
+    model = chosen.get("model", "SLIFMR") if model is None else model
+    dataset = chosen.get("dataset", "ml-100k") if dataset is None else dataset
     warnings.simplefilter("error", UnknownSettingWarning)
     with _no_deprecations(not verbose):
         if distributed["nproc"] == 1 and distributed["world_size"] <= 0:

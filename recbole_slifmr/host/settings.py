@@ -33,11 +33,17 @@ from recbole_slifmr.data.noise import read_noise
 from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
 from recbole_slifmr.host import own
 from recbole_slifmr.model import MODELS
-from recbole_slifmr.model.settings import ModelSettings, check
+from recbole_slifmr.model.settings import Count, ModelSettings, Whole, check
 from recbole_slifmr.paths import PROPERTIES, find_data_path
 
-NUMBERS = ("epochs", "train_batch_size", "eval_batch_size", "learning_rate", "eval_step", "stopping_step", "seed",
-           "weight_decay", "loss_decimal_place", "metric_decimal_place", "cold_items")  # fmt: skip
+NUMBERS: dict[str, Any] = {  # of RecBole's own settings, for any model
+    **dict.fromkeys(("epochs", "train_batch_size", "eval_batch_size"), Count),
+    **dict.fromkeys(("loss_decimal_place", "metric_decimal_place"), Whole),
+    **dict.fromkeys(("eval_step", "stopping_step", "seed"), int),
+    **dict.fromkeys(("learning_rate", "weight_decay", "cold_items"), float),
+}
+FRACTIONS = ("dropout_prob", "global_ratio", "hidden_dropout_prob", "negative_weight", "q", "reg_weight", "resolution",
+             "spatial_ratio", "w_max")  # fmt: skip # of RecBole's models: numbers that are whole by default
 PAIRS_PER_BATCH = 65_536  # of a model that scores (user, item) pairs one by one
 SCORES_ON_GPU = 2**26
 # Settings that RecBole reads by other means than config["..."], or that only its own command line knows.
@@ -81,6 +87,8 @@ def make_config(
     """
     for file in config_files:
         read_settings(file)
+    if not isinstance(dataset, str) or Path(dataset).name != dataset or dataset in ("", ".."):
+        raise SettingError(f"dataset: '{dataset}' is no name of a data set: name its folder, and data_path above it")
     model = own.used().get(model, model)
     named = {"own_model": model} if ":" in model else {}
     if named:
@@ -287,10 +295,23 @@ def _check_noise(config: Config) -> None:
 
 def _check_types(config: Config) -> None:
     """Refuse a number of RecBole's that is none, and what the model's settings refuse."""
-    for name in NUMBERS:
-        value, default = config.external_config_dict.get(name), config.internal_config_dict.get(name)
-        if name in config.external_config_dict and default is not None and (name, value) != ("train_batch_size", AUTO):
-            check(name, value, int if default == AUTO else type(default))
+    given, defaults = config.external_config_dict, config.internal_config_dict
+    expected = {name: kind for name, kind in NUMBERS.items() if defaults.get(name) is not None}
+    if config.model_class.__module__.startswith("recbole."):
+        for name, default in defaults.items():
+            if type(default) in (int, float) and name not in NUMBERS:
+                expected[name] = float if name in FRACTIONS else type(default)
+    for name, kind in expected.items():
+        if name in given and (name, given[name]) != ("train_batch_size", AUTO):
+            check(name, given[name], kind)
+    settings = config.final_config_dict
+    for name in ("valid_metric", "learner", "state"):
+        check(name, settings[name], str)
+    check("clip_grad_norm", settings["clip_grad_norm"], dict | None)
+    try:
+        inspect.signature(torch.nn.utils.clip_grad_norm_).bind([], **(settings["clip_grad_norm"] or {"max_norm": 1}))
+    except TypeError as error:
+        raise SettingError(f"clip_grad_norm: {error}: write it as {{max_norm: 5}}") from None
     if hasattr(config.model_class, "settings_class"):
         config.model_class.settings_class.read(config)
 

@@ -21,6 +21,7 @@ from recbole_slifmr.paths import PROPERTIES
 from recbole_slifmr.search.space import Point, Space, draw, ends, grid, read_space, start
 from recbole_slifmr.study.identity import input_hashes
 from recbole_slifmr.training.evaluation import MASKS
+from recbole_slifmr.training.experiment import read_threads
 
 SCHEDULERS = ("asha", "none", "pbt")
 SEARCHES = ("random", "optuna", "grid")
@@ -174,10 +175,13 @@ def make_search(
         )
     given = dict(settings or {})
     if "data_path" in given:
+        if not isinstance(given["data_path"], (str, os.PathLike)):
+            raise SettingError(f"data_path must be the folder above that of the data set, not {given['data_path']!r}")
         given["data_path"] = str(Path(given["data_path"]).resolve())
     files = tuple(str(Path(file).resolve()) for file in config_files)
     with _cuda_devices_kept():
         config = make_config(model, dataset, files, given)
+    read_threads(config)
     plan = Search(model, dataset, _find_space(space, model), Path(out).resolve(), files, given, trials, scheduler,
                   search, seeds, config["seed"], test_mask)  # fmt: skip
     _check(plan, config)

@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
-from recbole.utils import ModelType, get_model, get_trainer, init_seed
+from recbole.data.dataloader import KnowledgeBasedDataLoader, TrainDataLoader
+from recbole.utils import InputType, ModelType, get_model, get_trainer, init_seed
 
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.host.compat.processes import without_board
@@ -29,6 +30,8 @@ from recbole_slifmr.training.log import end_log, start_log
 from recbole_slifmr.training.ranking import with_ranking
 from recbole_slifmr.training.shared import Splits
 from recbole_slifmr.training.trainer import make_callbacks
+
+UNBUILDABLE = (ValueError, NotImplementedError, RuntimeError, TypeError)  # raised over settings by models and trainers
 
 
 @dataclass
@@ -234,7 +237,9 @@ def load_data(config: Config, split_seed: int | None = None, splits: Splits | No
             data = splits.adopt(config).dataset
             getLogger().info(data)
         _check_topk(config, data)
-        return data_preparation(config, data)
+        loaders = data_preparation(config, data)
+    _check_targets(config, loaders[0])
+    return loaders
 
 
 def read_splits(config: Config, split_seed: int | None = None) -> Splits:
@@ -267,6 +272,25 @@ def _check_topk(config: Config, data: Any) -> None:
         )
 
 
+def _check_targets(config: Config, train: Any) -> None:
+    """Refuse training data from which a model of RecBole's cannot tell what a user likes less."""
+    own = not config.model_class.__module__.startswith("recbole.")
+    if own or config["MODEL_TYPE"] in (ModelType.TRADITIONAL, ModelType.SEQUENTIAL):
+        return
+    samples = config["train_neg_sample_args"]["distribution"] != "none"
+    if samples or not isinstance(train, (TrainDataLoader, KnowledgeBasedDataLoader)):
+        return
+    if config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE:
+        raise SettingError(
+            f"train_neg_sample_args: {config['model']} learns from sampled negative items: name a distribution"
+        )
+    if config["LABEL_FIELD"] not in train._dataset.inter_feat:
+        raise SettingError(
+            f"{config['model']} learns from labels, and the interactions of '{config['dataset']}' have no column "
+            f"'{config['LABEL_FIELD']}': make it of another column with threshold, such as {{rating: 3}}"
+        )
+
+
 def make_trainer(config: Config, train_data: Any, adapt: Callable[[type], type] = with_ranking) -> Any:
     """Build model and trainer.
 
@@ -278,7 +302,7 @@ def make_trainer(config: Config, train_data: Any, adapt: Callable[[type], type] 
     Raises:
         SettingError: for settings that cannot be used.
     """
-    with bad_input(SettingError, (ValueError, NotImplementedError)):
+    with bad_input(SettingError, UNBUILDABLE):
         init_seed(config["seed"], config["reproducibility"])
         network = get_model(config["model"])(config, train_data._dataset).to(config["device"])
         trainer = adapt(get_trainer(config["MODEL_TYPE"], config["model"]))(config, network)
@@ -302,7 +326,7 @@ def check_model(config: Config, dataset: Any) -> None:
         DataError, SettingError: for settings or data that cannot be used.
     """
     kind = get_model(config["model"])
-    with bad_input(SettingError, (ValueError, NotImplementedError)):
+    with bad_input(SettingError, UNBUILDABLE):
         for name in ("learning_rate", "weight_decay"):
             if config[name] is not None and config[name] < 0:
                 raise SettingError(f"{name} must be at least 0, not {config[name]}")
@@ -326,12 +350,21 @@ def set_threads(config: Config) -> None:
     Raises:
         SettingError: if it is no positive number.
     """
+    threads = read_threads(config)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def read_threads(config: Config) -> int | None:
+    """Return the setting ``threads``.
+
+    Raises:
+        SettingError: if it is neither empty nor a positive number.
+    """
     threads = config["threads"]
-    if threads is None:
-        return
-    if type(threads) is not int or threads < 1:
+    if threads is not None and (type(threads) is not int or threads < 1):
         raise SettingError(f"threads must be a whole number from 1, not {threads!r}")
-    torch.set_num_threads(threads)
+    return threads
 
 
 def _check_wandb(config: Config) -> None:
