@@ -21,6 +21,7 @@ import recbole.model.knowledge_aware_recommender
 import recbole.trainer
 import torch
 from recbole.config import Config
+from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.utils import get_model
 from recbole.utils.argument_list import dataset_arguments
 
@@ -72,6 +73,14 @@ def _wrap_samplers() -> None:
         return samplers
 
     recbole.data.utils.create_samplers = create_samplers
+    update = AbstractDataLoader.update_config
+
+    @functools.wraps(update)
+    def update_config(self: AbstractDataLoader, config: Config) -> None:
+        choose_batch_size(config, len(self._dataset))  # loaders that were saved: the one of training comes first
+        update(self, config)
+
+    AbstractDataLoader.update_config = update_config
 
 
 # -- other processes ----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from recbole.utils import init_seed
 from recbole_slifmr.data.dataset import SLIFMRDataset
 from recbole_slifmr.errors import DataError, SettingError
 from recbole_slifmr.host.settings import make_config
+from recbole_slifmr.training.experiment import load_data
 
 
 def dataset_of(folder, model="SLIFMR", **settings):
@@ -504,6 +505,38 @@ def test_saved_data_set_is_not_used_for_other_features(tiny):
     first = dataset_of(tiny, save_dataset=True, use_features=False)
     assert first.item_features == {}
     assert torch.is_tensor(dataset_of(tiny).item_features["text"].values)
+
+
+@pytest.mark.parametrize("saving", ["save_dataset", "save_dataloaders"])
+def test_saved_data_are_not_used_once_their_files_have_changed(tiny, saving, caplog):
+    def n_training(**settings):
+        config = make_config("SLIFMR", "tiny", settings={**QUIET, "data_path": str(tiny.parent), **settings})
+        return len(load_data(config)[0]._dataset)
+
+    before = n_training(**{saving: True})
+    assert n_training() == before and "is not used" not in caplog.text
+    _bad(tiny, "tiny.inter", lambda s: "".join(s.splitlines(keepends=True)[:100]))
+    assert n_training() == n_training(**{saving: True}) < before
+    assert "is not used: the data have changed since it was saved" in caplog.text
+    caplog.clear()
+    assert n_training() < before and "is not used" not in caplog.text
+    np.save(tiny / "text.npy", np.load(tiny / "text.npy") + 1)
+    n_training()
+    assert "is not used" in caplog.text
+
+
+def test_saved_loaders_get_the_batch_size_that_goes_by_the_data(tiny):
+    sizes = []
+    for saving in ({"save_dataloaders": True}, {}):
+        settings = {**QUIET, "data_path": str(tiny.parent), "train_batch_size": "auto", **saving}
+        sizes.append(load_data(make_config("SLIFMR", "tiny", settings=settings))[0].config["train_batch_size"])
+    assert sizes == [2048, 2048]
+
+
+def test_loaders_that_recbole_cannot_save_are_refused(tiny):
+    settings = {**QUIET, "data_path": str(tiny.parent), "save_dataloaders": True}
+    with pytest.raises(SettingError, match="save_dataloaders: RecBole cannot save the loaders of KGAT"):
+        load_data(make_config("KGAT", "tiny", settings=settings))
 
 
 def test_write_tiny_is_seeded(tmp_path):

@@ -30,7 +30,7 @@ from recbole.utils import get_model
 
 from recbole_slifmr.data.dataset import AUTO, SETTINGS, SLIFMRDataset
 from recbole_slifmr.data.noise import read_noise
-from recbole_slifmr.errors import DataError, SettingError, UnknownSettingWarning
+from recbole_slifmr.errors import DataError, SettingError, StorageError, UnknownSettingWarning
 from recbole_slifmr.host import own
 from recbole_slifmr.model import MODELS
 from recbole_slifmr.model.settings import Count, ModelSettings, Whole, check
@@ -137,7 +137,7 @@ def bad_input(
     """Turn what RecBole raises over unusable settings or data into one of this package's errors."""
     try:
         yield
-    except (DataError, SettingError, UnknownSettingWarning):
+    except (DataError, SettingError, StorageError, UnknownSettingWarning):
         raise
     except raised as error:
         getLogger().debug("what RecBole raised", exc_info=True)

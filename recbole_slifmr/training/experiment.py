@@ -230,6 +230,8 @@ def prepare(config: Config, split_seed: int | None = None, splits: Splits | None
 
 def load_data(config: Config, split_seed: int | None = None, splits: Splits | None = None) -> tuple[Any, Any, Any]:
     """Read and split the data; return the loaders of training, validation and test, see :func:`prepare`."""
+    if config["save_dataloaders"] and config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
+        raise SettingError(f"save_dataloaders: RecBole cannot save the loaders of {config['model']}: leave it out")
     with _reading():
         if splits is None:
             data = _create_dataset(config, split_seed)

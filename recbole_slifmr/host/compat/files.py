@@ -6,13 +6,17 @@ import ast
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib
 import inspect
 import os
 import pickle
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from logging import getLogger
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ import torch
 from recbole.trainer import PretrainTrainer, Trainer
 from recbole.utils import set_color
 
+from recbole_slifmr.data.dataset import feature_folder_of
 from recbole_slifmr.errors import StorageError
 from recbole_slifmr.host.compat.registry import Module, refers_to, repair, replace_in, with_module
 from recbole_slifmr.host.seal import seal, unseal
@@ -64,11 +69,12 @@ def checkpoint_loading() -> bool:
 
 @repair
 def pickled_files() -> bool:
-    """Unpickle no file that came from elsewhere: saved data sets and loaders (`data/utils.py`), item vectors.
+    """Unpickle no file that came from elsewhere or is out of date: saved data sets, loaders, item vectors.
 
-    `create_dataset` and `load_split_dataloaders` unpickle what lies in the folder of the checkpoints, asked for or not;
-    LDiffRec (`ldiffrec.py`) lets numpy unpickle the `item_emb.npy` of a data set. A pickle may run anything. What this
-    user saved carries a seal (`seal.py`). Not needed once RecBole reads these without `pickle`.
+    `create_dataset` and `load_split_dataloaders` (`data/utils.py`) unpickle what lies in the folder of the checkpoints,
+    asked for or not; LDiffRec (`ldiffrec.py`) lets numpy unpickle the `item_emb.npy` of a data set. A pickle may run
+    anything. What this user saved carries a seal (`seal.py`), and a hash of each file that it was read from: RecBole
+    compares the settings alone. Not needed once RecBole reads these without `pickle` and looks at the files.
     """
     modules = {
         "pickle": (pickle, Module(pickle, dump=_dump, load=_load)),
@@ -78,11 +84,41 @@ def pickled_files() -> bool:
 
 
 def _dump(content: Any, file: Any) -> None:
-    file.write(seal(pickle.dumps(content)))
+    hashes = _hashes(_first(content).config)
+    try:
+        file.write(seal(pickle.dumps((hashes, content))))
+        file.flush()
+    except OSError as error:
+        raise StorageError(f"{file.name} cannot be saved: {error.strerror or error}") from error
 
 
 def _load(file: Any) -> Any:
-    return pickle.loads(unseal(file.read(), file.name))
+    saved = pickle.loads(unseal(file.read(), file.name))
+    hashes, content = saved if isinstance(saved, tuple) else ({}, saved)  # else of an earlier version
+    if hashes != _hashes(_first(content).config):
+        getLogger().warning(f"{file.name} is not used: the data have changed since it was saved, and are read anew")
+        _first(content).config = defaultdict(object)  # equal to no settings: RecBole takes it for that of other data
+    return content
+
+
+def _first(content: Any) -> Any:
+    """Return what was saved: a data set, or the first of the loaders, each of which has its generator beside it."""
+    return content[0][0] if isinstance(content, list) else content
+
+
+def _hashes(config: Any) -> dict[str, str]:
+    """Return the hash of each file in the folders of a data set and its features, and of those that it names."""
+    folders = [Path(config["data_path"]), feature_folder_of(config)]
+    files = {path for folder in folders if folder.is_dir() for path in folder.iterdir()}
+    for source in config["modalities"].values() if isinstance(config["modalities"], Mapping) else []:
+        names = source.values() if isinstance(source, Mapping) else [source]
+        files |= {folders[1] / name for name in names if isinstance(name, str)}
+    return {str(path): _hash(path) for path in files if path.is_file()}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
 @repair
