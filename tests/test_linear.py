@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,22 @@ def test_rows_that_are_the_mean_say_nothing(scale):
     assert (values == before).all()
     new = feature_factor(torch.from_numpy(values[:1]), torch.ones(1, dtype=torch.bool), torch.from_numpy(values[0]))
     assert not new.any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the peak of a process's memory in KiB")
+def test_features_are_centred_and_scaled_in_one_copy():
+    """In a process of its own: by how much its peak grows, in copies of 64 MB."""
+    code = """
+import resource, torch
+from recbole_slifmr.nn.linear import feature_factor
+values, mask = torch.randn(4000, 2000), torch.ones(4000, dtype=torch.bool)
+feature_factor(values[:500], mask[:500])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+feature_factor(values, mask)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 62500)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(out) < 1.5
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """How much each source says of which items have the same users, and what the linear branch makes of it."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -40,7 +42,22 @@ def test_relevance_is_the_least_squares_fit_to_shared_users_off_the_diagonal(dat
     given = [torch.from_numpy(factors[0]), *map(sparse, factors[1:])]
     np.testing.assert_allclose(relevance(sparse(interactions), given), expected, atol=1e-6)
     monkeypatch.setattr(module, "COLUMNS", 4)
+    monkeypatch.setattr(module, "DENSE", 2)
     np.testing.assert_allclose(relevance(sparse(interactions), given), expected, atol=1e-6)
+
+
+def test_wide_sources_are_neither_copied_nor_multiplied_as_a_whole(monkeypatch):
+    rng, n_items, n_tags, size = np.random.default_rng(0), 300, 3000, 600
+    monkeypatch.setattr(module, "COLUMNS", 300)
+    monkeypatch.setattr(module, "DENSE", 50, raising=False)
+    features = torch.from_numpy(rng.normal(size=(n_items, size)))
+    tags = scipy.sparse.random_array((n_items, n_tags), density=0.002, rng=rng, format="csr")
+    users = scipy.sparse.random_array((n_items, 2000), density=0.002, rng=rng, format="csr")
+    tracemalloc.start()
+    relevance(users, [features, tags])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * n_items * size  # the tags' products with the features would take ten times that
 
 
 def test_what_users_go_by_counts_more_than_what_they_do_not(data):

@@ -1,6 +1,7 @@
 """SLIFMR's own behaviour; what it shares with the other models is in test_contract.py."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -355,6 +356,20 @@ def test_with_more_items_than_a_matrix_has_room_for_the_linear_branch_has_neighb
     batch = batch_of(dense)
     for term, same in zip(sparse.model.calculate_loss(batch), dense.model.calculate_loss(batch), strict=True):
         torch.testing.assert_close(term, same, rtol=1e-4, atol=1e-4)
+
+
+def test_the_memory_of_the_linear_branch_is_that_of_solving_and_of_what_it_reads(tiny, build):
+    run = build(tiny)
+    settings, data = run.model.settings, run.train._dataset
+
+    def estimate(**changes):
+        return run.model.memory_parts(replace(settings, **changes), data, 0)["linear branch"]
+
+    n_numbers = sum(features.values.numel() for features in data.item_features.values())
+    nothing = estimate(linear_feature_weight=0.0, linear_kg_weight=0.0)
+    assert nothing == run.model.linear.solver.estimate_memory(data.item_num, 1)
+    assert estimate(linear_kg_weight=0.0) - nothing == 8 * n_numbers
+    assert estimate(linear_feature_weight=0.0) - nothing == 100 * len(data.triples)
 
 
 def test_the_additions_for_sparse_data_count_less_with_more_interactions_per_user(tiny, build):

@@ -218,11 +218,13 @@ class FusedRecommender(GraphRecommender):
 
     @classmethod
     def memory_parts(cls, settings: Any, dataset: Any, batch_size: int) -> dict[str, int]:
-        """Return the bytes of the base, of features propagated ahead and of the knowledge graph."""
+        """Return the bytes of the base, of features propagated ahead, the linear branch and the knowledge graph."""
         parts = super().memory_parts(settings, dataset, batch_size)
         n_items, size, n_layers = dataset.item_num, settings.embedding_size, settings.kg_n_layers
         triples, n_others = dataset.triples[:0], 0
         sizes = [features.values.shape[1] for features in dataset.item_features.values()]
+        factors = 8 * sum(sizes) * n_items * (settings.linear_feature_weight > 0)
+        factors += 100 * len(dataset.triples) * (settings.linear_kg_weight > 0)
         if settings.kg_view in ("graph", "both"):
             degrees = settings.kg_min_degree, settings.kg_max_degree
             triples = filter_by_degree(dataset.triples, dataset.entity_num, n_items, degrees)
@@ -234,7 +236,7 @@ class FusedRecommender(GraphRecommender):
         parts["features"] = 4 * (2 * sum(sizes) * n_items + sum(ahead))
         parts["item graphs"] = 16 * len(sizes) * settings.knn_k * n_items
         if linear_scale(settings, dataset):
-            parts["linear branch"] = linear_solver(settings, n_items, "cpu").estimate_memory(n_items, 1)
+            parts["linear branch"] = factors + linear_solver(settings, n_items, "cpu").estimate_memory(n_items, 1)
         parts["knowledge graph"] = 2 * len(triples) * (16 * n_layers + 52)
         parts["training step"] += 4 * size * (n_layers + 4) * (n_items + n_others) * (len(triples) > 0)
         return parts

@@ -87,7 +87,7 @@ def feature_factor(values: Tensor, mask: Tensor, mean: Tensor | None = None) -> 
 
 def feature_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Return the mean of the features ``[n_items, d]`` over the items of the mask ``[n_items]``, ``[d]`` float64."""
-    return values[mask].double().mean(0)
+    return mask.double() @ values.double() / mask.sum()  # without a copy of the rows
 
 
 # -- Gram matrices ---------------------------------------------------------------------------------------------------
@@ -431,7 +431,7 @@ def weights_on(weights: Matrix, items: np.ndarray, item: int) -> np.ndarray:
 
 def _diagonal(sources: Sequence[Source]) -> Tensor:
     squares = [
-        weight * (f.square().sum(1) if isinstance(f, Tensor) else torch.from_numpy(f.power(2).sum(axis=1)))
+        weight * (torch.einsum("ij,ij->i", f, f) if isinstance(f, Tensor) else torch.from_numpy(f.power(2).sum(axis=1)))
         for f, weight in sources
     ]
     return torch.stack(squares).sum(0)

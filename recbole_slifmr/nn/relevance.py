@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,8 @@ from torch import Tensor
 from recbole_slifmr.nn.linear import Matrix
 from recbole_slifmr.nn.tags import Tags, indicator
 
-COLUMNS = 16384  # of a factor at a time
+COLUMNS = 16384  # of a sparse factor at a time
+DENSE = 256  # columns of a dense one
 JITTER = 1e-9  # relative: two sources may say the same
 LEAST = 1e-6  # of its diagonal, for what a Gram matrix has beside it to be more than rounding
 
@@ -41,18 +42,21 @@ def relevance(interactions: scipy.sparse.csr_array, factors: Sequence[Matrix]) -
     users = _Stack(interactions.tocsc(), np.zeros(1, dtype=np.int64), np.zeros(interactions.shape[1], dtype=np.int64))
     products, wanted = -lengths.T @ lengths, -lengths.T @ by_chance
     stacks = _stacks(sources)
-    for first in stacks:
+    for place, first in enumerate(stacks):
         wanted[first.sources] += _inner_products(first, users)
-        for second in stacks:
-            products[np.ix_(first.sources, second.sources)] += _inner_products(first, second)
+        for second in stacks[place:]:
+            found = _inner_products(first, second)
+            products[np.ix_(first.sources, second.sources)] += found
+            if second is not first:
+                products[np.ix_(second.sources, first.sources)] += found.T
     says = np.diag(products) > LEAST * np.square(lengths).sum(axis=0)
-    found = np.zeros(len(sources))
+    beta = np.zeros(len(sources))
     if says.any():
         scale = np.sqrt(np.diag(products)[says])
         normal = products[np.ix_(says, says)] / np.outer(scale, scale) + JITTER * np.eye(len(scale))
         lower = np.linalg.cholesky(normal)
-        found[says] = scipy.optimize.nnls(lower.T, np.linalg.solve(lower, wanted[says, 0] / scale))[0] / scale
-    return found[1:]
+        beta[says] = scipy.optimize.nnls(lower.T, np.linalg.solve(lower, wanted[says, 0] / scale))[0] / scale
+    return beta[1:]
 
 
 def shares(beta: np.ndarray, factors: Sequence[Matrix]) -> np.ndarray:
@@ -102,11 +106,13 @@ def _columns(factor: Matrix) -> np.ndarray | scipy.sparse.csc_array:
 
 def _squares(factor: np.ndarray | scipy.sparse.csc_array) -> np.ndarray:
     """Return the squared length of each row."""
-    return np.square(factor).sum(axis=1) if isinstance(factor, np.ndarray) else factor.power(2).sum(axis=1)
+    if isinstance(factor, np.ndarray):
+        return np.einsum("ij,ij->i", factor, factor)  # without the squares of all
+    return factor.power(2).sum(axis=1)
 
 
 class _Stack(NamedTuple):
-    """Sources side by side, all of them dense or all sparse.
+    """Sources side by side: a dense one alone, or all sparse ones.
 
     Attributes:
         columns: ``[n_items, c]``.
@@ -120,27 +126,35 @@ class _Stack(NamedTuple):
 
 
 def _stacks(sources: Sequence[np.ndarray | scipy.sparse.csc_array]) -> list[_Stack]:
-    """Return the dense sources side by side, and the sparse ones."""
-    dense = {place: source for place, source in enumerate(sources) if isinstance(source, np.ndarray)}
-    sparse = {place: source for place, source in enumerate(sources) if not isinstance(source, np.ndarray)}
-    stacks = []
-    for some, join in ((dense, np.hstack), (sparse, scipy.sparse.hstack)):
-        if some:
-            places = np.repeat(np.arange(len(some)), [source.shape[1] for source in some.values()])
-            stacks.append(_Stack(join(list(some.values())), np.array(list(some)), places))
+    """Return each dense source, which is not copied, and the sparse ones side by side."""
+    dense = [place for place, source in enumerate(sources) if isinstance(source, np.ndarray)]
+    sparse = [place for place, source in enumerate(sources) if not isinstance(source, np.ndarray)]
+    stacks = [_Stack(sources[place], np.array([place]), np.zeros(sources[place].shape[1], int)) for place in dense]
+    if sparse:
+        some = [sources[place] for place in sparse]
+        places = np.repeat(np.arange(len(some)), [source.shape[1] for source in some])
+        stacks.append(_Stack(scipy.sparse.hstack(some, format="csc"), np.array(sparse), places))
     return stacks
 
 
 def _inner_products(first: _Stack, second: _Stack) -> np.ndarray:
     """Return those of the Gram matrices of the sources of the first and of the second, ``[n, m]``."""
     total = np.zeros((len(first.sources), len(second.sources)))
-    of_first = _membership(first.places, len(total))
-    for start in range(0, second.columns.shape[1], COLUMNS):
-        product = first.columns.T @ second.columns[:, start : start + COLUMNS]
-        squares = product.power(2) if scipy.sparse.issparse(product) else np.square(product)
-        part = of_first.T @ squares @ _membership(second.places[start : start + COLUMNS], total.shape[1])
-        total += part.toarray() if scipy.sparse.issparse(part) else part
+    for some in _blocks(first.columns):
+        rows, of_first = first.columns[:, some].T, _membership(first.places[some], len(first.sources)).T
+        for others in _blocks(second.columns):
+            product = rows @ second.columns[:, others]
+            numbers = product if isinstance(product, np.ndarray) else product.data
+            np.square(numbers, out=numbers)
+            part = of_first @ product @ _membership(second.places[others], len(second.sources))
+            total += part.toarray() if scipy.sparse.issparse(part) else part
     return total
+
+
+def _blocks(columns: np.ndarray | scipy.sparse.csc_array) -> Iterator[slice]:
+    """Return which columns are taken at a time."""
+    step = DENSE if isinstance(columns, np.ndarray) else COLUMNS
+    return (slice(start, start + step) for start in range(0, columns.shape[1], step))
 
 
 def _membership(places: np.ndarray, n: int) -> scipy.sparse.csr_array:
