@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from conftest import QUIET, all_scores
 from recbole.data.interaction import Interaction
 from recbole.model.general_recommender import EASE
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recbole_slifmr.cli import main
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
@@ -91,20 +90,26 @@ def test_rows_that_are_the_mean_say_nothing(scale):
     assert not new.any()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs the peak of a process's memory in KiB")
+class Made(TorchDispatchMode):
+    """Notes how many numbers each tensor has that is made anew, not as a view or in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in given:
+            self.sizes.append(made.numel())
+        return made
+
+
 def test_features_are_centred_and_scaled_in_one_copy():
-    """In a process of its own: by how much its peak grows, in copies of 64 MB."""
-    code = """
-import resource, torch
-from recbole_slifmr.nn.linear import feature_factor
-values, mask = torch.randn(4000, 2000), torch.ones(4000, dtype=torch.bool)
-feature_factor(values[:500], mask[:500])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-feature_factor(values, mask)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 62500)
-"""
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert float(out) < 1.5
+    values, mask = torch.ones(40, 30), torch.ones(40, dtype=torch.bool)
+    with Made() as made:
+        feature_factor(values, mask)
+    assert sum(size >= 40 * 30 for size in made.sizes) == 1
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------
@@ -151,6 +156,17 @@ def test_neighbours_give_the_same_weights_when_all_items_are_neighbours(sources)
     np.testing.assert_allclose(near.solve(sources, REG).toarray(), whole.solve(sources, REG).numpy(), atol=1e-10)
     drawn = near.solve(sources[:1], REG, scipy.sparse.csr_array(content.numpy()), 3.0).toarray()
     np.testing.assert_allclose(drawn, whole.solve(sources[:1], REG, content, 3.0).numpy(), atol=1e-10)
+
+
+def test_wide_factors_are_gathered_for_few_columns_at_a_time(sources, monkeypatch):
+    solver = NeighbourSolver(8)
+    whole = solver.solve(sources, REG).toarray()
+    monkeypatch.setattr(linear, "GATHERED", 100, raising=False)
+    with Made() as made:
+        np.testing.assert_allclose(solver.solve(sources, REG).toarray(), whole, atol=1e-12)
+    assert 8 * 6 in made.sizes and N_ITEMS * 8 * 6 not in made.sizes, "neighbours by numbers"
+    rest = 32 * 8 * N_ITEMS + 3 * 8 * solver.step * (N_ITEMS + 8**2)
+    assert solver.estimate_memory(N_ITEMS, 1) == rest + 2 * 8 * 100
 
 
 def test_few_neighbours_are_the_optimum_over_them(sources):

@@ -45,6 +45,7 @@ TOLERANCE = 1e-8  # of conjugate gradients, relative
 MOST_STEPS = 2000
 SINGULAR = "the item-item matrix is not positive definite: set reg_weight higher, for SLIFMR linear_reg_weight"
 COLUMNS = 256  # that conjugate gradients solve for at a time
+GATHERED = 2**21  # numbers of dense factors gathered at a time
 SAME = 1e-6  # of its length: a row of features that is nearer to the mean is the mean, rounded
 
 
@@ -386,9 +387,12 @@ class NeighbourSolver:
         return (1 - share) * first + share * second
 
     def estimate_memory(self, n_items: int, n_matrices: int) -> int:
-        """Return the bytes that solving takes, see :class:`Solver`: the weights, and the systems of some columns."""
+        """Return the bytes that solving takes, see :class:`Solver`: the weights, and the systems of some columns.
+
+        Of a dense factor, the rows of some columns' neighbours are there, ``GATHERED`` numbers, and the next ones.
+        """
         k = min(self.n_neighbours, n_items - 1)
-        return 32 * n_matrices * k * n_items + 3 * 8 * self.step * (n_items + k**2)
+        return 32 * n_matrices * k * n_items + 3 * 8 * self.step * (n_items + k**2) + 2 * 8 * GATHERED
 
 
 def top_weights(weights: Matrix, k: int) -> scipy.sparse.csc_array:
@@ -442,8 +446,10 @@ def _gram_among(sources: Sequence[Source], items: Tensor) -> Tensor:
     total = torch.zeros(*items.shape, items.shape[1], dtype=torch.float64)
     for factor, weight in sources:
         if isinstance(factor, Tensor):
-            rows = factor[items]
-            total += weight * (rows @ rows.transpose(1, 2))
+            step = max(GATHERED // max(items.shape[1] * factor.shape[1], 1), 1)
+            for some in _blocks(len(items), step):
+                rows = factor[items[some]]
+                total[some].baddbmm_(rows, rows.transpose(1, 2), alpha=weight)
         else:
             for place, chosen in enumerate(items.numpy()):
                 some = factor[chosen]
