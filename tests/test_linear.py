@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recbole_slifmr.cli import main
 from recbole_slifmr.errors import SettingError, UnknownSettingWarning
 from recbole_slifmr.host.settings import make_config, parse_settings
-from recbole_slifmr.nn import linear
+from recbole_slifmr.nn import linear, linear_branch
 from recbole_slifmr.nn.linear import (
     DenseSolver,
     NeighbourSolver,
@@ -224,6 +224,28 @@ def test_a_user_with_the_mean_number_of_items_counts_as_one_whoever_else_is_ther
     np.testing.assert_allclose(found[1:4], np.sqrt([3 / 2, 3 / 4, 1]))
     assert np.isfinite(found).all()
     assert user_weights(scipy.sparse.csr_array((5, 4)), 0.5).tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("solver", [DenseSolver(), NeighbourSolver(8)], ids=["dense", "neighbours"])
+def test_however_many_items_a_user_has_few_weights_are_looked_up_at_a_time(sources, monkeypatch, solver):
+    history = sources[0].factor.T.tocsr()
+    users, items = torch.arange(N_USERS), torch.arange(N_ITEMS).expand(N_USERS, -1)
+    rows, columns = (torch.from_numpy(ids.astype(np.int64)) for ids in history.nonzero())
+
+    def look():
+        branch = LinearBranch(history, lambda: sources[1:], REG, 2.5, solver, "cpu")
+        scores = branch.leave_one_out(users, items, torch.from_numpy(history.toarray() > 0))
+        few = branch.leave_one_out(users, items[:, :3], torch.ones(1, 1, dtype=torch.bool))
+        none = branch.leave_one_out(users[:0], items[:0], torch.ones(1, 1, dtype=torch.bool))
+        return scores, few, none, branch.pair_scores(users, items), branch.trust(rows, columns)
+
+    whole, look_up, sizes = look(), linear_branch._look_up, []
+    monkeypatch.setattr(linear_branch, "LOOKED_UP", 400, raising=False)
+    monkeypatch.setattr(linear_branch, "_look_up", lambda *args: sizes.append(args[2].numel()) or look_up(*args))
+    for part, expected in zip(look(), whole, strict=True):
+        torch.testing.assert_close(part, expected)
+    most = int(np.diff(history.indptr).max())
+    assert max(sizes) <= 400 + most * N_ITEMS
 
 
 @pytest.mark.parametrize("k", [5, 10])

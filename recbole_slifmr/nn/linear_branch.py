@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from recbole_slifmr.nn.linear import Matrix, Solver, Source, history_scores, solve_columns
 
-PAIRS = 4096  # pairs of user and item at a time
+LOOKED_UP = 2**22  # numbers at a time, for each item of a history some and one more for each item that is scored
 BLOCK = 128  # users whose scores of all items are held at a time
 SAMPLE = 1024  # users of whom the noise is measured
 MOST_LEVERAGE = 0.99  # of a user's row; with weights cut off, h may come out as 1 or more
@@ -146,6 +146,11 @@ class LinearBranch:
             items: ``[B, K]``.
             known: which of the items are among the user's interactions, ``[B, K]`` or what broadcasts to it, bool.
         """
+        cuts, known = self._cuts(users, items.shape[1]), known.expand(items.shape)
+        parts = zip(*(part.tensor_split(cuts) for part in (users, items, known)), strict=True)
+        return torch.cat([self._leave_one_out(*part) for part in parts])
+
+    def _leave_one_out(self, users: Tensor, items: Tensor, known: Tensor) -> Tensor:
         solution = self._solution()
         places, starts, rows = self._histories(users)
         known_items, wanted = self._items[places].unsqueeze(1), items[rows]
@@ -167,11 +172,7 @@ class LinearBranch:
             strength: from 0, all alike, to 1.
         """
         known = torch.ones(1, 1, dtype=torch.bool, device=items.device)
-        scores = [
-            self.leave_one_out(users[start : start + PAIRS], items[start : start + PAIRS, None], known).squeeze(1)
-            for start in range(0, len(users), PAIRS)
-        ]
-        return trust(torch.cat([*scores, self._user_weights[:0]]) / self.size, strength)
+        return trust(self.leave_one_out(users, items.unsqueeze(1), known).squeeze(1) / self.size, strength)
 
     def _sources(self) -> list[Source]:
         return [Source(weighted_interactions(self.history, self._shares)), *self.content()]
@@ -182,11 +183,8 @@ class LinearBranch:
             variance = diagonal.float().to(self.device)
             weights = weights.float().to(self.device) if isinstance(weights, Tensor) else weights
             users = torch.repeat_interleave(torch.arange(len(self._bounds) - 1, device=self.device), self._counts())
-            sums = [
-                self._sums(weights, users[start : start + PAIRS], self._items[start : start + PAIRS, None])
-                for start in range(0, len(users), PAIRS)
-            ]
-            parts = self._user_weights[users] * variance[self._items] * (1 - torch.cat(sums).squeeze(1))
+            sums = self._sums(weights, users, self._items.unsqueeze(1)).squeeze(1)
+            parts = self._user_weights[users] * variance[self._items] * (1 - sums)
             leverage = _sums_of_rows(parts.unsqueeze(1), self._bounds[:-1]).squeeze(1)
             solution = Solution(weights, variance, parts, leverage)
             noise = self._noise(solution)
@@ -223,6 +221,14 @@ class LinearBranch:
     def _counts(self) -> Tensor:
         return self._bounds[1:] - self._bounds[:-1]
 
+    def _cuts(self, users: Tensor, n_columns: int) -> list[int]:
+        """Return where to cut ``users [B]``, so that about ``LOOKED_UP`` numbers are looked up at a time.
+
+        A part is larger by one user's at most.
+        """
+        total = self._counts()[users].cumsum(0) * (n_columns + 4)  # beside the columns: where and whose the items are
+        return (torch.diff(total // LOOKED_UP).nonzero().squeeze(1) + 1).tolist()
+
     def _histories(self, users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return where the users' items are, one user after another ``[N]``, each one's first ``[B]``, and whose."""
         counts = self._counts()[users]
@@ -233,8 +239,11 @@ class LinearBranch:
 
     def _sums(self, weights: Matrix, users: Tensor, items: Tensor) -> Tensor:
         """Return the sum of the weights of ``items [B, K]`` on the items of ``users [B]``, ``[B, K]``."""
-        places, starts, rows = self._histories(users)
-        return _sums_of_rows(_look_up(weights, self._items[places].unsqueeze(1), items[rows]), starts)
+        cuts, sums = self._cuts(users, items.shape[1]), []
+        for some, wanted in zip(users.tensor_split(cuts), items.tensor_split(cuts), strict=True):
+            places, starts, rows = self._histories(some)
+            sums.append(_sums_of_rows(_look_up(weights, self._items[places].unsqueeze(1), wanted[rows]), starts))
+        return torch.cat(sums)
 
 
 def user_weights(history: scipy.sparse.csr_array, power: float) -> np.ndarray:
@@ -278,6 +287,8 @@ def _look_up(weights: Matrix, rows: Tensor, columns: Tensor) -> Tensor:
     """Return the weights at rows ``[N, 1]`` and columns ``[N, K]``, ``[N, K]``."""
     if isinstance(weights, Tensor):
         return weights[rows, columns]
+    if not columns.numel():
+        return torch.zeros(columns.shape, device=columns.device)  # SciPy's is no array
     places = (index.cpu().numpy().ravel() for index in torch.broadcast_tensors(rows, columns))
     found = weights[tuple(places)].astype(np.float32)
     return torch.from_numpy(found).view(columns.shape).to(columns.device)
