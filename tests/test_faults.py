@@ -10,16 +10,18 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from click import ClickException
 from conftest import write_tiny
 from filelock import FileLock
 from finished import SETTINGS, finish, plan_of
 
 from recbole_slifmr.cli import main
-from recbole_slifmr.cli.live import LiveTable
+from recbole_slifmr.cli.live import LiveTable, run_live
 from recbole_slifmr.errors import DataError, ReportError, SettingError, one_line
 from recbole_slifmr.files import to_json, write_json
 from recbole_slifmr.study import benchmark, manifest, plots, runs, tables
@@ -252,6 +254,34 @@ def test_why_a_run_failed_is_one_clean_line(folder, monkeypatch):
 )
 def test_errors_become_one_line(error, line):
     assert one_line(error) == line and len(line) <= 300
+
+
+def test_runs_that_fail_end_the_command_with_the_table_and_a_reason(folder, monkeypatch, capsys):
+    plan = plan_of(folder)
+    finish(plan.tasks[0])
+
+    def fail(tasks, jobs, address, on_tick, data):
+        states = {"SLIFMR-2020": "done", "BPR-2020": "out of paper"}
+        on_tick(states)
+        return states
+
+    monkeypatch.setattr(benchmark, "run_all", fail)
+    with pytest.raises(ClickException) as stop:
+        run_live(plan, partial(run_plan, plan))
+    assert stop.value.exit_code == 1
+    assert stop.value.message == "1 of 2 runs failed; the first, BPR-2020: out of paper"
+    shown = capsys.readouterr().out
+    assert "| SLIFMR |" in shown and "BPR failed: out of paper." in shown and "outputs: " in shown
+
+
+def test_a_run_of_other_data_by_the_end_is_told(folder, monkeypatch):
+    task = plan_of(folder, ["BPR"]).tasks[0]
+    finish(task)
+    found = iter([True, None])
+    monkeypatch.setattr(runs, "read_result", lambda task: next(found))
+    told = []
+    states = runs.run_all([task], on_tick=lambda states: told.append(dict(states)))
+    assert told[-1] == states == {"BPR-2020": "its data, settings or code changed after it ran: run it again"}
 
 
 def test_a_run_that_left_nothing_is_described_in_plain_words(folder):

@@ -76,7 +76,7 @@ class LiveTable:
 
 
 def run_live(plan: Benchmark, run: Callable[..., Any]) -> None:
-    """Show the runs of a plan as they go, then print its table and where the outputs are.
+    """Show the runs of a plan as they go, then print its table, which says which failed, and where the outputs are.
 
     Args:
         plan: what is run.
@@ -84,7 +84,7 @@ def run_live(plan: Benchmark, run: Callable[..., Any]) -> None:
             told what else is done.
 
     Raises:
-        click.ClickException: if every run failed.
+        click.ClickException: if a run failed.
     """
     with LiveTable(plan.tasks) as live:
         run(on_tick=live.update, tell=live.tell)
@@ -95,3 +95,7 @@ def run_live(plan: Benchmark, run: Callable[..., Any]) -> None:
         raise click.ClickException(f"every run failed; the first: {live.states[failed[0]]}")
     click.echo(table.read_text(encoding="utf-8"))
     click.echo(f"outputs: {os.path.relpath(plan.out)}")
+    if failed:
+        raise click.ClickException(
+            f"{len(failed)} of {len(live.states)} runs failed; the first, {failed[0]}: {live.states[failed[0]]}"
+        )

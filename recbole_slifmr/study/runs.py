@@ -175,6 +175,7 @@ def run_all(
     for task in tasks:
         if states[task.name] == "done" and read_result(task) is None:
             states[task.name] = read_error(task)
+    on_tick(states)
     return states
 
 
