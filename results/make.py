@@ -7,7 +7,8 @@ Each model of a set is searched from its defaults with the same number of trials
 split; closed forms go through their grid one setting after the other. The settings found go to
 ``properties/dataset/SET``, and all models are then scored on test with them; the table goes to
 ``results/SET/benchmark``, or with ``--models`` to ``results/SET/benchmark-of-some``. What is finished is kept under
-``results/out``: call it again to go on. Ablation, robustness and interval have commands of their own.
+``results/out``, each search with its command: call it again to go on; with another budget it stops there. Ablation,
+robustness and interval have commands of their own.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ def commands(arguments: argparse.Namespace) -> Iterator[list[str]]:
                 budget = [f"--trials={arguments.trials}", "--scheduler=none", f"--jobs={arguments.jobs}", "--seeds=0"]
                 resume = ["--resume"] if any(best.parent.glob("*")) else []
                 command = [*slifmr, "tune", f"--model={model}", *data, *pace, *budget, f"--out={best.parent}", *resume]
+            if not arguments.dry_run:
+                keep_command(best.parent / "command", command)
             if not best.is_file():
                 yield command
             if best.is_file() and not arguments.dry_run:
@@ -70,6 +73,26 @@ def commands(arguments: argparse.Namespace) -> Iterator[list[str]]:
         yield [*slifmr, "benchmark", *data, *pace, *mask, *scores]
         if not arguments.dry_run:
             copy_table(out / table, HERE / name / table, arguments.data_path.resolve())
+
+
+class OtherCommandError(ValueError):
+    """What is there was found by another command than the one asked for."""
+
+
+def keep_command(file: Path, command: list[str]) -> None:
+    """Write down beside what a search finds which command it was; refuse a folder of another one.
+
+    Raises:
+        OtherCommandError: if the folder holds what another command has found or begun, or does not say which.
+    """
+    asked = said(command)
+    if not any(file.parent.glob("*")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(asked, encoding="utf-8")
+        return
+    found = file.read_text(encoding="utf-8") if file.is_file() else "an unknown command"
+    if found != asked:
+        raise OtherCommandError(f"{file.parent} is of '{found}', not of '{asked}': ask for that, or remove the folder")
 
 
 def publish(best: Path, file: Path, command: list[str]) -> None:
@@ -121,10 +144,13 @@ def main() -> int:
     wrong = set((arguments.models or "").split(",")) - known - {""}
     if wrong:
         parser.error(f"--models: {', '.join(sorted(wrong))} is none of {', '.join(sorted(known))}")
-    for command in commands(arguments):
-        print(shlex.join(["python", *command]), flush=True)
-        if not arguments.dry_run and (status := subprocess.run([sys.executable, *command], cwd=ROOT).returncode):
-            return status
+    try:
+        for command in commands(arguments):
+            print(shlex.join(["python", *command]), flush=True)
+            if not arguments.dry_run and (status := subprocess.run([sys.executable, *command], cwd=ROOT).returncode):
+                return status
+    except OtherCommandError as error:
+        parser.error(str(error))
     return 0
 
 

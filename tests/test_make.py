@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -43,6 +45,40 @@ def test_each_model_is_searched_with_one_budget_and_all_are_scored_together():
 def test_an_unknown_name_is_refused_with_those_that_are_known(option, known):
     done = make(option)
     assert done.returncode == 2 and known in done.stderr and not done.stdout
+
+
+def asked(folder: Path, *arguments: str) -> Namespace:
+    values = {"sets": "amazon-toys", "models": "BM3", "trials": 7, "epochs": 9, "patience": 3, "seeds": 1, "jobs": 1,
+              "threads": 1, "dry_run": False, "data_path": folder}  # fmt: skip
+    return Namespace(**{**values, **dict(argument.split("=") for argument in arguments)})
+
+
+def test_settings_are_published_with_the_command_that_found_them_and_no_other(script, tmp_path, monkeypatch):
+    shutil.copytree(script.ROOT / "properties" / "tune", tmp_path / "properties" / "tune")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "HERE", tmp_path / "results")
+    next(script.commands(asked(tmp_path)))  # it stops before it has found anything
+    search = next(script.commands(asked(tmp_path)))
+    assert "--trials=7" in search and "--resume" in search
+    with pytest.raises(script.OtherCommandError, match=r"tuned/BM3 is of 'slifmr tune .*--trials=7.* not of .*=12"):
+        next(script.commands(asked(tmp_path, "trials=12")))
+    best = tmp_path / "results" / "out" / "amazon-toys" / "tuned" / "BM3" / "best.yaml"
+    best.write_text("n_layers: 1\n")
+    with pytest.raises(script.OtherCommandError):
+        next(script.commands(asked(tmp_path, "trials=12")))
+    assert "benchmark" in next(script.commands(asked(tmp_path)))
+    published = (tmp_path / "properties" / "dataset" / "amazon-toys" / "BM3.yaml").read_text()
+    assert "--trials=7" in published
+    (best.parent / "command").unlink()
+    with pytest.raises(script.OtherCommandError, match="of 'an unknown command'"):
+        next(script.commands(asked(tmp_path)))
+
+
+def test_a_command_that_fails_ends_it(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make.py", f"--data_path={tmp_path}", "--sets=amazon-toys", "--models=BM3"])
+    monkeypatch.setattr(script.subprocess, "run", lambda command, cwd: Namespace(returncode=1))
+    assert script.main() == 1
 
 
 def test_what_is_published_holds_the_searched_settings_and_no_folder(script, tmp_path):
