@@ -39,15 +39,23 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """Give a folder to write into; it takes the place of ``path`` at the end, unless an exception leaves the block."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        part = Path(scratch) / "new"
-        part.mkdir()
-        yield part
-        if path.exists():
-            path.rename(Path(scratch) / "old")
-        part.rename(path)
+    """Give a folder to write into; it takes the place of ``path`` at the end, unless an exception leaves the block.
+
+    An ``OSError`` names it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+            part = Path(scratch) / "new"
+            part.mkdir()
+            yield part
+            if path.exists():
+                path.rename(Path(scratch) / "old")
+            part.rename(path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 @contextmanager

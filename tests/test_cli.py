@@ -1,6 +1,9 @@
 """Every command as a person runs it."""
 
 import contextlib
+import errno
+import io
+import logging
 import os
 import subprocess
 import sys
@@ -11,10 +14,11 @@ import torch
 from conftest import write_tiny
 
 from recbole_slifmr.cli import main, run_script
-from recbole_slifmr.errors import SettingError
-from recbole_slifmr.host.settings import parse_settings
+from recbole_slifmr.errors import SettingError, StorageError
+from recbole_slifmr.host.settings import make_config, parse_settings
 from recbole_slifmr.paths import ROOT
 from recbole_slifmr.training.checkpoint import read_checkpoint
+from recbole_slifmr.training.log import end_log, start_log
 
 FAST = ["--epochs=1", "--show_progress=False", "--topk=[5]", "--valid_metric=Recall@5"]
 
@@ -238,8 +242,6 @@ def test_a_split_without_validation_or_test_still_ends_in_a_table(work, monkeypa
 
 
 def test_a_run_keeps_the_log_handlers_of_its_caller(work, monkeypatch):
-    import logging
-
     from recbole_slifmr.training.experiment import run
 
     monkeypatch.chdir(work)
@@ -252,6 +254,27 @@ def test_a_run_keeps_the_log_handlers_of_its_caller(work, monkeypatch):
             assert result.log_file.is_file()
     finally:
         logging.getLogger().removeHandler(mine)
+
+
+class Full(io.StringIO):
+    """A file on a full disk."""
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "full")
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_in_one_line(work, monkeypatch):
+    monkeypatch.chdir(work)
+    config = make_config("BPR", "tiny", settings={"topk": [5]})
+    file = start_log(config)
+    try:
+        handler = next(h for h in logging.getLogger().handlers if getattr(h, "baseFilename", "") == str(file))
+        handler.stream.close()
+        handler.stream = Full()
+        with pytest.raises(StorageError, match=f"the log {file} cannot be written: full"):
+            logging.getLogger().info("a line")
+    finally:
+        end_log()
 
 
 def test_toy_is_found_without_a_data_path(tmp_path):
@@ -375,8 +398,8 @@ def test_output_that_cannot_be_written_is_one_line_and_status_1(tmp_path):
         done = subprocess.run(program, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "error: the output cannot be written or read: No space left on device; check the path, its rights and the room "
-        "on its disk"
+        "error: a file or the output cannot be written or read: No space left on device; check the path, its rights "
+        "and the room on its disk"
     ]
 
 

@@ -87,7 +87,7 @@ def _invoke(command: click.Command, name: str, arguments: Sequence[str] | None) 
 
 def _describe(error: OSError) -> str:
     """Return what the system refused, where, and what to look at."""
-    where = "the output" if error.filename is None else os.fsdecode(error.filename)
+    where = "a file or the output" if error.filename is None else os.fsdecode(error.filename)
     reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
     return f"{where} cannot be written or read: {reason}; check the path, its rights and the room on its disk"
 
