@@ -551,18 +551,20 @@ def test_links_without_triples_and_odd_modalities_are_refused(tables, tmp_path):
 # -- the folder --------------------------------------------------------------------------------------------------------
 
 
-def test_a_data_set_is_replaced_only_when_asked(kgat, tmp_path):
+@pytest.mark.parametrize("name", ["book", "book[1]"])
+def test_a_data_set_is_replaced_only_when_asked(kgat, tmp_path, name):
     out = tmp_path / "out"
-    convert_kgat(kgat, out, seed=1)
-    before = (out / "book" / "book.valid.inter").read_text()
-    (out / "book" / "stale.npy").write_bytes(b"")
-    with pytest.raises(DataError, match="book is there already: choose another --name or --out, or --force"):
-        convert_kgat(kgat, out, seed=2)
-    assert (out / "book" / "book.valid.inter").read_text() == before
-    convert_kgat(kgat, out, seed=2, force=True)
-    assert (out / "book" / "book.valid.inter").read_text() != before
-    assert not (out / "book" / "stale.npy").exists(), "features of another conversion may be in another order"
-    assert [path.name for path in out.iterdir()] == ["book"]
+    convert_kgat(kgat, out, name, seed=1)
+    valid = out / name / f"{name}.valid.inter"
+    before = valid.read_text()
+    (out / name / "stale.npy").write_bytes(b"")
+    with pytest.raises(DataError, match="is there already: choose another --name or --out, or --force"):
+        convert_kgat(kgat, out, name, seed=2)
+    assert valid.read_text() == before
+    convert_kgat(kgat, out, name, seed=2, force=True)
+    assert valid.read_text() != before
+    assert not (out / name / "stale.npy").exists(), "features of another conversion may be in another order"
+    assert [path.name for path in out.iterdir()] == [name]
 
 
 def test_force_spares_folders_that_are_no_data_sets(kgat, tmp_path):

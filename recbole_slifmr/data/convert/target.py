@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,7 +163,7 @@ def _check_target(target: Path, force: bool) -> None:
         return
     if not force:
         raise DataError(f"{target} is there already: choose another --name or --out, or --force to replace it")
-    if not any(target.glob(f"{target.name}*.inter")) or any(path.is_dir() for path in target.iterdir()):
+    if not any(target.glob(f"{glob.escape(target.name)}*.inter")) or any(path.is_dir() for path in target.iterdir()):
         raise DataError(f"{target} is not just a data set: --force does not replace it; choose another --name or --out")
 
 
