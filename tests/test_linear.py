@@ -494,7 +494,7 @@ def test_exported_weights_are_the_largest_of_each_column(tiny, model_name, capsy
     checkpoint = run(model_name, "tiny", settings={**QUIET, "data_path": str(tiny.parent)}).checkpoint
     out = tmp_path / "weights"
     said = slifmr(capsys, "export", "--checkpoint", checkpoint, f"--out={out}", "--n-weights=4")
-    assert said.splitlines() == [str(out / "weights.npz"), str(out / "items.txt")]
+    assert said.splitlines() == [str(out / "items.txt"), str(out / "weights.npz")]
     kept = scipy.sparse.load_npz(out / "weights.npz")
     assert kept.shape == (15, 15) and len(Path(out / "items.txt").read_text().splitlines()) == 15
     assert np.diff(kept.tocsc().indptr).max() == 4
