@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import functools
+import hashlib
 import json
 import math
 import os
@@ -109,3 +111,15 @@ def _plain(value: Any) -> Any:
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
     """Write a table whole or not at all."""
     replace_file(path, lambda part: frame.to_csv(part, index=False))
+
+
+def file_hash(path: Path) -> str:
+    """Return a hash of a file's content, computed once per process as long as its size and times stay as they are."""
+    status = path.stat()
+    return _hash_content(str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@functools.cache
+def _hash_content(path: str, size: int, modified: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=16)).hexdigest()

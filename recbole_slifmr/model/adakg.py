@@ -35,6 +35,7 @@ from recbole_slifmr.model.settings import GraphSettings, Positive, Weight
 from recbole_slifmr.nn.knowledge import TripleEncoder
 from recbole_slifmr.nn.layers import unit
 from recbole_slifmr.nn.loss import bpr_gradient, collision_mask, info_nce
+from recbole_slifmr.nn.sparse import later_layers
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,7 @@ class AdaKG(GraphRecommender):
 
     def interaction_view(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean of layers 1 to L over ``[n_users, d]`` and ``[n_items, d]``, same shapes; it is symmetric."""
-        matrix, layers = self.interaction_encoder.graph.matrix, []
-        for _ in range(self.settings.n_layers):
-            users, items = matrix.multiply(items), matrix.multiply_transposed(users)
-            layers.append((users, items))
-        users, items = (torch.stack(side).mean(0) for side in zip(*layers, strict=True))
-        return users, items
+        return later_layers(self.interaction_encoder.graph.matrix, users, items, self.settings.n_layers)
 
     @torch.no_grad()
     def instability(self, ego: tuple[Tensor, Tensor], z: tuple[Tensor, Tensor], triplets: Tensor) -> tuple[Tensor, ...]:

@@ -34,7 +34,7 @@ from recbole_slifmr.model.settings import Count, Weight
 from recbole_slifmr.model.views import ViewRecommender, ViewSettings
 from recbole_slifmr.nn.graph import cooccurrence_graph, unweighted
 from recbole_slifmr.nn.layers import Fusion
-from recbole_slifmr.nn.sparse import SparseMatrix
+from recbole_slifmr.nn.sparse import SparseMatrix, later_layers
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,8 @@ class MSCA(ViewRecommender):
 
     def propagate(self, items: Tensor) -> Tensor:
         """Return the mean of the layers from 1 on of all nodes, from the ID embeddings of the items."""
-        users, matrix, layers = self.user_embedding.weight, self.interaction_encoder.graph.matrix, []
-        for _ in range(self.settings.n_layers):
-            users, items = matrix.multiply(items), matrix.multiply_transposed(users)
-            layers.append(torch.cat([users, items]))
-        return torch.stack(layers).mean(0)
+        matrix = self.interaction_encoder.graph.matrix
+        return torch.cat(later_layers(matrix, self.user_embedding.weight, items, self.settings.n_layers))
 
     def encode(self) -> tuple[Tensor, list[Tensor]]:
         """Return the interaction view and those of structure and modalities, of all nodes ``[n, d]`` each."""

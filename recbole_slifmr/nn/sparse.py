@@ -100,6 +100,28 @@ class SparseMatrix(nn.Module):
         return f"{self.shape[0]} x {self.shape[1]}, {self.nnz} entries"
 
 
+def later_layers(matrix: SparseMatrix, users: Tensor, items: Tensor, n_layers: int) -> tuple[Tensor, Tensor]:
+    """Return the mean of the layers of light propagation from 1 on: LightGCN's (arXiv 2002.02126) without layer 0.
+
+    A node without interactions has zeros.
+
+    Args:
+        matrix: the normalised interactions, ``[n_users, n_items]``.
+        users: layer 0 of the users, ``[n_users, d]``.
+        items: that of the items, ``[n_items, d]``.
+        n_layers: number of layers, 1 or more.
+
+    Returns:
+        ``[n_users, d]`` and ``[n_items, d]``.
+    """
+    layers = []
+    for _ in range(n_layers):
+        users, items = matrix.multiply(items), matrix.multiply_transposed(users)
+        layers.append((users, items))
+    of_users, of_items = (torch.stack(side).mean(0) for side in zip(*layers, strict=True))
+    return of_users, of_items
+
+
 class RelationalMatrix(nn.Module):
     r"""A sparse matrix whose entries have the weight of their relation: :math:`A = \sum_r w_r A_r`.
 

@@ -23,6 +23,7 @@ from recbole.config import Config
 
 from recbole_slifmr.data.dataset import feature_folder_of
 from recbole_slifmr.data.noise import reads
+from recbole_slifmr.files import file_hash
 from recbole_slifmr.host.own import sources_of
 from recbole_slifmr.host.settings import make_config
 from recbole_slifmr.paths import PROPERTIES
@@ -129,15 +130,3 @@ def code_hash() -> str:
     for library in LIBRARIES:
         digest.update(f"{library} {importlib.metadata.version(library)}\n".encode())
     return digest.hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """Return a hash of a file's content."""
-    status = path.stat()
-    return _hash_content(str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
-@functools.cache
-def _hash_content(path: str, size: int, modified: int, changed: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=16)).hexdigest()

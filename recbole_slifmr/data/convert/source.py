@@ -74,9 +74,7 @@ class DelimitedFile:
 
     def __init__(self, path: Path, what: str, separator: str | None = None, open_file: Open = open_binary) -> None:
         self.path, self.what, self.open_file = find_file(path, what), what, open_file
-        with path.open(
-            encoding="utf-8-sig"
-        ) as lines:  # which ends lines at a lone carriage return too, as pyarrow does
+        with path.open(encoding="utf-8-sig") as lines:  # a lone carriage return ends a line too, as for pyarrow
             try:
                 header = lines.readline().rstrip("\n")
             except UnicodeDecodeError:

@@ -6,7 +6,6 @@ import ast
 import contextlib
 import copy
 import functools
-import hashlib
 import importlib
 import inspect
 import os
@@ -26,6 +25,7 @@ from recbole.utils import set_color
 
 from recbole_slifmr.data.dataset import feature_folder_of
 from recbole_slifmr.errors import StorageError
+from recbole_slifmr.files import file_hash
 from recbole_slifmr.host.compat.registry import Module, refers_to, repair, replace_in, with_module
 from recbole_slifmr.host.seal import seal, unseal
 from recbole_slifmr.host.stored import read_stored
@@ -113,12 +113,7 @@ def _hashes(config: Any) -> dict[str, str]:
     for source in config["modalities"].values() if isinstance(config["modalities"], Mapping) else []:
         names = source.values() if isinstance(source, Mapping) else [source]
         files |= {folders[1] / name for name in names if isinstance(name, str)}
-    return {str(path): _hash(path) for path in files if path.is_file()}
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=16)).hexdigest()
+    return {str(path): file_hash(path) for path in files if path.is_file()}
 
 
 @repair
