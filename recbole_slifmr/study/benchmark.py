@@ -30,15 +30,8 @@ PROTOCOL = (
     "eval_step",
     "valid_metric",
 )  # the same for all, whatever a file of parameters says
-COMMON = (
-    "model",
-    "dataset",
-    "seed",
-    "threads",
-    "checkpoint_dir",
-    "show_progress",
-    "state",
-)  # a variant has none its own
+# what a variant cannot have of its own
+COMMON = ("model", "dataset", "seed", "threads", "checkpoint_dir", "show_progress", "state")
 DETERMINISTIC = ("EASE", "ItemKNN", "Pop")  # models of RecBole that draw nothing
 ONE_SEED = (
     "one seed: stars and intervals are over the users of one training run and say nothing of how training varies."
@@ -231,9 +224,8 @@ def make_tasks(
     for variant in variants:
         for name in COMMON:
             if name in variant.settings:
-                raise SettingError(
-                    f"{variant.label or variant.model}: {name} is the same for all variants: leave it out"
-                )
+                title = variant.label or variant.model
+                raise SettingError(f"{title}: {name} is the same for all variants: leave it out")
     files = [Path(file).resolve() for file in config_files]
     given = given_settings(files, settings)
     if "model" in (settings or {}):
